@@ -1,0 +1,232 @@
+// The module fastclip._C: Python arguments in, tensors and errors out. The only file with binding headers.
+#include <ATen/core/Tensor.h>
+#include <ATen/record_function.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <atomic>
+#include <optional>
+
+#include "clip.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace fastclip::python {
+namespace {
+
+std::atomic<int64_t> native_calls{0};
+
+// torch.nn.Parameter: beside torch.Tensor the one type whose `.grad` is known to be torch's own attribute, so that it
+// can be read without running Python code.
+PyTypeObject* parameter_type = nullptr;
+
+// What a list holds: parameters, whose .grad is meant, or the gradients themselves.
+enum class Items { Parameters, Tensors };
+
+const char* argument_name(Items items) { return items == Items::Parameters ? "parameters" : "tensors"; }
+
+[[noreturn]] void raise(PyObject* type, const std::string& message) {
+  PyErr_SetString(type, message.c_str());
+  throw py::error_already_set();
+}
+
+std::string at_index(Items items, Py_ssize_t index) {
+  return std::string(argument_name(items)) + "[" + std::to_string(index) + "]";
+}
+
+// float(object), naming the argument where that fails. TypeError or ValueError, as float() has it.
+double to_double(py::handle object, const char* argument) {
+  if (PyFloat_CheckExact(object.ptr())) return PyFloat_AS_DOUBLE(object.ptr());
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(object.ptr()));
+  if (number) return PyFloat_AS_DOUBLE(number.ptr());
+  const bool type_error = PyErr_ExceptionMatches(PyExc_TypeError);
+  if (!type_error && !PyErr_ExceptionMatches(PyExc_ValueError)) throw py::error_already_set();
+  PyErr_Clear();
+  raise(type_error ? PyExc_TypeError : PyExc_ValueError,
+        std::string(argument) + ": expected a number, got " + std::string(py::repr(object)));
+}
+
+void add(Gradients& grads, at::TensorImpl* grad, Items items, Py_ssize_t index) {
+  if (grads.add(grad) != Gradients::Added::NotFloating) return;
+  const at::Tensor tensor(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad));
+  const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+  raise(PyExc_TypeError, at_index(items, index) + ": expected a floating-point gradient, got " +
+                             std::string(py::str(object.attr("dtype"))));
+}
+
+// Adds the gradient of an object of any type, as Python code would read it.
+void add_by_attribute(Gradients& grads, PyObject* item, Items items, Py_ssize_t index) {
+  auto object = py::reinterpret_borrow<py::object>(item);
+  if (items == Items::Parameters) {
+    object = py::reinterpret_steal<py::object>(PyObject_GetAttrString(item, "grad"));
+    if (!object) {
+      if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+      PyErr_Clear();
+      raise(PyExc_TypeError, at_index(items, index) + ": expected a torch.Tensor, got " + Py_TYPE(item)->tp_name);
+    }
+    if (object.is_none()) return;
+  }
+  if (!THPVariable_Check(object.ptr())) {
+    raise(PyExc_TypeError, at_index(items, index) + (items == Items::Parameters ? ".grad" : "") +
+                               ": expected a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
+  }
+  at::Tensor grad = THPVariable_Unpack(object.ptr());
+  add(grads, grad.unsafeGetTensorImpl(), items, index);
+  grads.keep(std::move(grad));
+}
+
+// Reads all gradients of `list`, which is a list, a tuple or a single tensor. Stops at the first one that only torch
+// can handle.
+void collect(Gradients& grads, PyObject* list, Items items) {
+  const bool sequence = PyList_Check(list) || PyTuple_Check(list);
+  bool only_exact_types = true;
+  // The size is asked for anew each time: reading an attribute may run code that changes the list.
+  for (Py_ssize_t i = 0; i < (sequence ? PySequence_Fast_GET_SIZE(list) : 1); ++i) {
+    PyObject* item = sequence ? PySequence_Fast_GET_ITEM(list, i) : list;
+    if (Py_TYPE(item) == parameter_type || Py_TYPE(item) == reinterpret_cast<PyTypeObject*>(THPVariableClass)) {
+      const at::Tensor& tensor = THPVariable_Unpack(item);
+      if (items == Items::Tensors) {
+        add(grads, tensor.unsafeGetTensorImpl(), items, i);
+      } else {
+        const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
+        if (grad.defined()) {
+          add(grads, grad.unsafeGetTensorImpl(), items, i);
+        } else if (tensor.requires_grad()) {
+          tensor.grad();  // for torch's warning when the tensor is not a leaf
+        }
+      }
+    } else {
+      // Foreign code may drop gradients that were read before.
+      if (only_exact_types) grads.own_all();
+      only_exact_types = false;
+      add_by_attribute(grads, item, items, i);
+    }
+    if (!grads.fallback_reason().empty()) return;
+  }
+}
+
+std::optional<NormType> fused_norm_type(double p) {
+  if (p == 2) return NormType::L2;
+  if (p == 1) return NormType::L1;
+  if (p == std::numeric_limits<double>::infinity()) return NormType::Inf;
+  return std::nullopt;
+}
+
+size_t expected_size(py::handle list) {
+  return PyList_Check(list.ptr()) || PyTuple_Check(list.ptr()) ? PySequence_Fast_GET_SIZE(list.ptr()) : 1;
+}
+
+// Runs the native part of a call. Short ones keep the interpreter lock, see kSmallBytes.
+template <class Work>
+auto run(Gradients& grads, Work work) {
+  native_calls.fetch_add(1, std::memory_order_relaxed);
+  if (grads.bytes() < cpu::kSmallBytes) return work();
+  grads.own_all();
+  const py::gil_scoped_release release;
+  return work();
+}
+
+// Every function below returns its result; or a str, the reason why torch has to do the call; or, where there is a
+// result at all, None when there are no gradients.
+
+py::object to_python(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
+
+py::object nothing_to_do() {
+  native_calls.fetch_add(1, std::memory_order_relaxed);
+  return py::none();
+}
+
+template <class Work>
+py::object with_norm_type(Gradients& grads, double p, Work work) {
+  if (grads.none()) return nothing_to_do();
+  if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  const auto type = fused_norm_type(p);
+  if (!type) return py::str("norm_type");
+  if (*type == NormType::Inf && grads.has_empty()) return py::str("inf norm of an empty gradient");
+  return to_python(run(grads, [&] { return work(*type); }));
+}
+
+py::object get_total_norm(py::handle tensors, py::handle norm_type, py::handle error_if_nonfinite) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::get_total_norm", {});
+  const double p = to_double(norm_type, "norm_type");
+  const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
+  Gradients grads(Access::Read, expected_size(tensors));
+  collect(grads, tensors.ptr(), Items::Tensors);
+  return with_norm_type(grads, p, [&](NormType type) { return fastclip::get_total_norm(grads, type, error); });
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handle norm_type,
+                           py::handle error_if_nonfinite) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::clip_grad_norm_", {});
+  const double p = to_double(norm_type, "norm_type"), threshold = to_double(max_norm, "max_norm");
+  const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
+  Gradients grads(Access::Write, expected_size(parameters));
+  collect(grads, parameters.ptr(), Items::Parameters);
+  return with_norm_type(grads, p,
+                        [&](NormType type) { return fastclip::clip_grad_norm(grads, threshold, type, error); });
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+// A number that can be read without waiting: a 0-d floating-point tensor on the CPU.
+std::optional<double> readable(py::handle total_norm) {
+  if (!THPVariable_Check(total_norm.ptr())) return std::nullopt;
+  const at::Tensor& tensor = THPVariable_Unpack(total_norm.ptr());
+  Gradients one(Access::Read, 1);
+  if (tensor.dim() != 0 || one.add(tensor.unsafeGetTensorImpl()) != Gradients::Added::Yes) return std::nullopt;
+  return tensor.item().toDouble();
+}
+
+py::object clip_grads_with_norm_(py::handle parameters, py::handle max_norm, py::handle total_norm) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::clip_grads_with_norm_", {});
+  const double threshold = to_double(max_norm, "max_norm");
+  Gradients grads(Access::Write, expected_size(parameters));
+  collect(grads, parameters.ptr(), Items::Parameters);
+  if (grads.none()) return nothing_to_do();
+  if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  const auto norm = readable(total_norm);
+  if (!norm) return py::str("total_norm");
+  run(grads, [&] { fastclip::clip_grads_with_norm(grads, threshold, *norm); });
+  return py::none();
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::object clip_grad_value_(py::handle parameters, py::handle clip_value) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::clip_grad_value_", {});
+  const double limit = to_double(clip_value, "clip_value");
+  Gradients grads(Access::Write, expected_size(parameters));
+  collect(grads, parameters.ptr(), Items::Parameters);
+  if (grads.none()) return nothing_to_do();
+  if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  grads.check_clip_value(limit);
+  if (!(limit >= 0)) return py::str("clip_value");  // negative or NaN: rare, and torch's results are peculiar
+  run(grads, [&] { fastclip::clip_grad_value(grads, limit); });
+  return py::none();
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+}  // namespace
+}  // namespace fastclip::python
+
+PYBIND11_MODULE(_C, m) {
+  namespace fc = fastclip::python;
+  py::object parameter = py::module_::import("torch.nn").attr("Parameter");
+  fc::parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
+  m.def("get_total_norm", &fc::get_total_norm);
+  m.def("clip_grad_norm_", &fc::clip_grad_norm_);
+  m.def("clip_grads_with_norm_", &fc::clip_grads_with_norm_);
+  m.def("clip_grad_value_", &fc::clip_grad_value_);
+  m.def("native_calls", [] { return fc::native_calls.load(); });
+  m.def("reset_native_calls", [] { fc::native_calls.store(0); });
+  m.def("kernels", [] { return std::string(fastclip::cpu::kernels().name); });
+  m.def("available_kernels", &fastclip::cpu::available_kernels);
+  m.def("select_kernels", &fastclip::cpu::select_kernels);
+  m.attr("compiler") = __VERSION__;
+}

@@ -1,0 +1,51 @@
+// The arithmetic that every backend shares: how partial results combine and what the clip coefficient is.
+#pragma once
+
+#include <math.h>
+
+#include "slice.h"
+
+#ifdef __CUDACC__
+#define FASTCLIP_HOST_DEVICE __host__ __device__
+#else
+#define FASTCLIP_HOST_DEVICE
+#endif
+
+namespace fastclip {
+
+// The larger of two absolute values; NaN wins, as in torch.linalg.vector_norm(x, inf).
+FASTCLIP_HOST_DEVICE inline double nan_max(double a, double b) { return (b > a || b != b) ? b : a; }
+
+// Combines norms of parts of one vector into the norm of the whole. Divides by the larger one first: the squares of
+// two representable norms need not be representable (1e200 in float64).
+FASTCLIP_HOST_DEVICE inline double combine_norms(double a, double b, NormType type) {
+  if (type == NormType::L1) return a + b;
+  if (type == NormType::Inf) return nan_max(a, b);
+  const double larger = nan_max(a, b), smaller = larger == a ? b : a;
+  if (!(larger > 0 && larger <= 1.7976931348623157e308)) return a + b;  // zero, inf or NaN
+  const double ratio = smaller / larger;
+  return larger * sqrt(1 + ratio * ratio);
+}
+
+// max_norm / (total_norm + 1e-6), at most 1: torch.nn.utils.clip_grad_norm_'s formula, in double. NaN stays NaN.
+FASTCLIP_HOST_DEVICE inline double clip_coef(double max_norm, double total_norm) {
+  const double coef = max_norm / (total_norm + 1e-6);
+  return coef > 1 ? 1 : coef;
+}
+
+// Whether gradients have to be written: a coefficient of 1 changes nothing, NaN does.
+FASTCLIP_HOST_DEVICE inline bool must_scale(double coef) { return !(coef >= 1); }
+
+// A coefficient is applied as one factor, or, where float32 would round it to a subnormal number or to zero
+// (max_norm 1e-3, total_norm 1e38), as two: 2^-64, which is exact, and the rest.
+struct Factors {
+  double first, second;
+  FASTCLIP_HOST_DEVICE explicit Factors(double coef) : first(coef), second(1) {
+    if (coef != 0 && fabs(coef) < 1e-30) {
+      first = 0x1p-64;
+      second = coef * 0x1p64;
+    }
+  }
+};
+
+}  // namespace fastclip

@@ -1,0 +1,33 @@
+// Plain structs shared by the table and every kernel. No standard library code: the kernels that include this are
+// compiled for instruction sets which the rest of the program may not use.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastclip {
+
+enum class DType : uint8_t { F32, F64, F16, BF16 };
+enum class NormType : uint8_t { L1, L2, Inf };
+
+constexpr int64_t item_size(DType dtype) {
+  return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2;
+}
+
+// One gradient as flat memory.
+struct Slice {
+  char* data;
+  int64_t bytes;
+  DType dtype;
+  uint8_t written;  // set by clamp() when it changed something; two threads may share a slice and both set it
+};
+
+// A position in a table: byte `byte` of slice `slice`.
+struct Cut {
+  int64_t slice;
+  int64_t byte;
+};
+
+// Cuts inside a slice fall on multiples of this many bytes, which is a multiple of every kernel's block.
+constexpr int64_t kCutBytes = 8192;
+
+}  // namespace fastclip

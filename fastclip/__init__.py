@@ -1,0 +1,17 @@
+"""Gradient clipping for PyTorch at the speed of memory: a drop-in for ``torch.nn.utils.clip_grad_norm_``."""
+
+from fastclip._native import build_info
+from fastclip._version import __version__
+from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from fastclip.counters import counters, reset_counters
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "counters",
+    "get_total_norm",
+    "reset_counters",
+]

@@ -1,0 +1,45 @@
+"""Finds the compiled extension, and says why it is missing."""
+
+import warnings
+
+import torch
+
+from fastclip._version import __version__
+
+try:
+    from fastclip import _C
+except ImportError as error:
+    _C = None
+    missing_because = str(error)
+    warnings.warn(
+        f"fastclip's native extension cannot be used ({error}); torch's own functions do the clipping. To build it for "
+        "this torch, with a C++ compiler installed, run in fastclip's source folder: "
+        "pip install --no-build-isolation --no-deps --force-reinstall .",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+else:
+    missing_because = None
+
+
+def build_info() -> dict:
+    """How this fastclip was built and what it uses on this machine.
+
+    Returns a dict with ``version`` (of fastclip), ``torch`` (version in use), ``native`` (bool: the extension is
+    loaded), ``missing_because`` (str if it is not), ``compiler``, ``cpu_kernels`` (the instruction set chosen for this
+    processor, or by ``FASTCLIP_CPU=baseline|avx2|avx512``), ``cpu_kernels_available``, and ``threads`` (what torch
+    allows now).
+
+    Raises:
+        ValueError: ``FASTCLIP_CPU`` names an instruction set that this processor does not have.
+    """
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "native": _C is not None,
+        "missing_because": missing_because,
+        "compiler": _C.compiler if _C else None,
+        "cpu_kernels": _C.kernels() if _C else None,
+        "cpu_kernels_available": _C.available_kernels() if _C else [],
+        "threads": torch.get_num_threads(),
+    }

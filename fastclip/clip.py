@@ -1,0 +1,165 @@
+"""The four clipping functions of ``torch.nn.utils``: arguments, and the choice between native code and torch."""
+
+import types
+import warnings
+from collections.abc import Iterable
+from typing import Union
+
+import torch
+from torch import Tensor
+from torch.nn import utils as torch_utils
+
+from fastclip._native import _C
+from fastclip.counters import count_fallback
+
+Tensors = Union[Tensor, Iterable[Tensor]]
+
+
+def get_total_norm(
+    tensors: Tensors, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+) -> Tensor:
+    """Computes the norm of all tensors, as if they were concatenated into one vector.
+
+    Args:
+        tensors: one tensor or an iterable of tensors of any shape; float32, float64, float16, bfloat16 mixed.
+        norm_type: order p of the norm, ``(sum |x|^p)^(1/p)``; ``inf`` or ``"inf"`` for the maximum. 1, 2 and inf are
+            fused, others are computed by torch.
+        error_if_nonfinite: raise when the result is inf or NaN.
+        foreach: accepted for compatibility; means something only where torch does the work.
+
+    Returns:
+        A new 0-d tensor on the first tensor's device. Its dtype is the promotion of the tensors' dtypes, and at least
+        float32 (torch returns float16 for float16, which overflows at 65504). Correct to 1e-6 for float32 results,
+        1e-12 for float64. ``tensor(0.)`` when there are no tensors.
+
+    Raises:
+        TypeError: an item is not a tensor or not of a floating-point dtype; the message has its index.
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
+    """
+    tensors = _as_sequence(tensors, "tensors")
+    reason = _NOT_BUILT
+    if _C:
+        result = _C.get_total_norm(tensors, norm_type, error_if_nonfinite)
+        if result is None:
+            return torch.tensor(0.0)
+        if type(result) is not str:
+            return result
+        reason = result
+    count_fallback(reason)
+    return torch_utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+
+
+def clip_grad_norm_(
+    parameters: Tensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scales all gradients in place so that their common norm is at most ``max_norm``.
+
+    The norm is taken over all gradients as if they were one vector; each is multiplied by
+    ``min(1, max_norm / (total_norm + 1e-6))``, the formula of ``torch.nn.utils.clip_grad_norm_`` (gradient clipping
+    by norm: Pascanu, Mikolov, Bengio 2013, https://arxiv.org/abs/1211.5063). Where that is 1, nothing is written.
+
+    Args:
+        parameters: one tensor or an iterable of tensors; those whose ``.grad`` is None are passed over. Gradients are
+            float32, float64, float16 or bfloat16, mixed as they come.
+        max_norm: the threshold, a number or a 0-d tensor, in the gradients' own unit.
+        norm_type: order of the norm; 1, 2 and inf (or ``"inf"``) are fused, others are done by torch.
+        error_if_nonfinite: raise when the norm is inf or NaN, and leave every gradient as it was.
+        foreach: accepted for compatibility; means something only where torch does the work.
+
+    Returns:
+        The norm before clipping: a new 0-d tensor on the first gradient's device, in the promotion of the gradients'
+        dtypes and at least float32. ``tensor(0.)`` when there are no gradients.
+
+    Raises:
+        TypeError: an item is not a tensor, or its gradient is not of a floating-point dtype; the message has its index.
+        ValueError: ``max_norm`` or ``norm_type`` is text that is not a number.
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or, as in torch, a gradient cannot be
+            written in place because several of its elements share one place in memory.
+    """
+    given = parameters
+    parameters = _as_sequence(parameters, "parameters")
+    if not len(parameters) and isinstance(given, types.GeneratorType):
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+    reason = _NOT_BUILT
+    if _C:
+        result = _C.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+        if result is None:
+            return torch.tensor(0.0)
+        if type(result) is not str:
+            return result
+        reason = result
+    count_fallback(reason)
+    return torch_utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+
+
+def clip_grads_with_norm_(
+    parameters: Tensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+) -> None:
+    """Scales all gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``, with a norm computed before.
+
+    Args:
+        parameters: one tensor or an iterable of tensors; those whose ``.grad`` is None are passed over.
+        max_norm: the threshold, a number or a 0-d tensor, in the gradients' own unit.
+        total_norm: 0-d tensor, as ``get_total_norm`` returns it. The coefficient is computed from it in float64.
+        foreach: accepted for compatibility; means something only where torch does the work.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``clip_grad_norm_``.
+    """
+    parameters = _as_sequence(parameters, "parameters")
+    reason = _NOT_BUILT
+    if _C:
+        reason = _C.clip_grads_with_norm_(parameters, max_norm, total_norm)
+        if reason is None:
+            return
+    count_fallback(reason)
+    torch_utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+
+
+def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
+    """Limits every element of every gradient to ``[-clip_value, clip_value]``, in place; NaN stays NaN.
+
+    Gradients are read once; a part in which nothing has to change is not written. No gradient at all is no error
+    (torch raises one).
+
+    Args:
+        parameters: one tensor or an iterable of tensors; those whose ``.grad`` is None are passed over.
+        clip_value: the limit, a number or a 0-d tensor, rounded to each gradient's dtype. Negative and NaN limits are
+            handed to torch.
+        foreach: accepted for compatibility; means something only where torch does the work.
+
+    Raises:
+        TypeError, ValueError: as ``clip_grad_norm_``.
+        RuntimeError: a gradient's dtype cannot represent ``clip_value`` (1e6 in float16); or as ``clip_grad_norm_``.
+    """
+    parameters = _as_sequence(parameters, "parameters")
+    reason = _NOT_BUILT
+    if _C:
+        reason = _C.clip_grad_value_(parameters, clip_value)
+        if reason is None:
+            return
+    elif not isinstance(parameters, Tensor) and all(p.grad is None for p in parameters):
+        return
+    count_fallback(reason)
+    torch_utils.clip_grad_value_(parameters, clip_value, foreach)
+
+
+_NOT_BUILT = "extension not built"
+
+
+def _as_sequence(items: Tensors, argument: str) -> Tensor | list | tuple:
+    """A list or tuple, or a tensor itself; any other iterable is read, once."""
+    if isinstance(items, (list, tuple, Tensor)):
+        return items
+    try:
+        return list(items)
+    except TypeError:
+        if isinstance(items, Iterable):
+            raise
+        raise TypeError(
+            f"{argument}: expected a torch.Tensor or an iterable of them, got {type(items).__name__}"
+        ) from None

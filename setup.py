@@ -1,0 +1,82 @@
+"""Builds the extension fastclip._C. Without torch or a compiler the package installs without it, and says so."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+def cuda_home() -> str | None:
+    """The toolkit of the nvcc on the PATH: nvcc itself is asked, since it may be a wrapper in another directory."""
+    if os.environ.get("CUDA_HOME"):
+        return os.environ["CUDA_HOME"]
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        return None
+    lines = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr.splitlines()
+    tops = [line.split("=", 1)[1].strip() for line in lines if line.startswith("#$ TOP=")]
+    return str((Path(nvcc).resolve().parent / tops[0]).resolve()) if tops else None
+
+
+def extension():
+    home = cuda_home()
+    if home:
+        os.environ["CUDA_HOME"] = home  # read by torch.utils.cpp_extension when it is imported
+    import torch
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp") if "cuda" not in p.parts)
+    # -fopenmp without -lgomp: the runtime that torch brings, whatever its name, is the one that is used.
+    flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
+    if sys.platform == "linux":
+        flags.append("-fopenmp")
+
+    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.c[pu]*"))
+    wanted = os.environ.get("FASTCLIP_CUDA", "auto")
+    possible = bool(cuda_sources and home and torch.version.cuda)
+    if wanted == "1" and not possible:
+        raise SystemExit("FASTCLIP_CUDA=1: expected CUDA sources, nvcc and a torch with CUDA; one is missing")
+    if possible and wanted != "0":
+        return CUDAExtension(
+            "fastclip._C",
+            sources + cuda_sources,
+            define_macros=[("FASTCLIP_CUDA", None)],
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo"]},
+        )
+    return CppExtension("fastclip._C", sources, extra_compile_args={"cxx": flags})
+
+
+class BuildOrExplain(build_ext):
+    """Builds with torch's own BuildExtension. When that cannot work, leaves the extension out and says why."""
+
+    def run(self):
+        try:
+            from torch.utils.cpp_extension import BuildExtension, is_ninja_available
+
+            builder = BuildExtension.with_options(use_ninja=is_ninja_available())(self.distribution)
+            self.distribution.ext_modules = [extension()]
+            builder.inplace = self.inplace
+            builder.ensure_finalized()
+            builder.run()
+        except Exception as error:
+            if os.environ.get("FASTCLIP_REQUIRE_NATIVE") == "1":
+                raise
+            print(
+                f"\nWARNING: fastclip is installed without its native code ({type(error).__name__}: {error}).\n"
+                "It works through torch's own functions. For the fast path install torch, a C++ compiler and ninja, "
+                "then run: pip install --no-build-isolation --no-deps --force-reinstall .\n",
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    from setuptools import Extension
+
+    # A placeholder makes setuptools build a platform wheel; torch is imported only when the extension is built.
+    setup(ext_modules=[Extension("fastclip._C", [])], cmdclass={"build_ext": BuildOrExplain})

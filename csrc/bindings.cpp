@@ -26,7 +26,9 @@ PyTypeObject* parameter_type = nullptr;
 // What a list holds: parameters, whose .grad is meant, or the gradients themselves.
 enum class Items { Parameters, Tensors };
 
-const char* argument_name(Items items) { return items == Items::Parameters ? "parameters" : "tensors"; }
+const char* argument_name(Items items) {
+  return items == Items::Parameters ? "parameters" : "tensors";
+}
 
 [[noreturn]] void raise(PyObject* type, const std::string& message) {
   PyErr_SetString(type, message.c_str());
@@ -78,6 +80,33 @@ void add_by_attribute(Gradients& grads, PyObject* item, Items items, Py_ssize_t 
   grads.keep(std::move(grad));
 }
 
+bool has_exact_type(PyObject* item) {
+  return Py_TYPE(item) == parameter_type || Py_TYPE(item) == reinterpret_cast<PyTypeObject*>(THPVariableClass);
+}
+
+// After a backward pass the objects of a long list are out of the cache, and each gradient is five dependent loads
+// away: object, tensor, its autograd data, gradient, storage. Reading them one by one takes 0.25 us a tensor; so for
+// each item that is read, those behind it are fetched, each one load further.
+void fetch_ahead(PyObject* const* next, Py_ssize_t left, Items items) {
+  constexpr Py_ssize_t kStage = 6;
+  const auto tensor = [&](Py_ssize_t ahead) -> at::TensorImpl* {
+    return ahead < left && has_exact_type(next[ahead]) ? THPVariable_Unpack(next[ahead]).unsafeGetTensorImpl()
+                                                       : nullptr;
+  };
+  const auto grad = [&](Py_ssize_t ahead) -> at::TensorImpl* {
+    at::TensorImpl* impl = tensor(ahead);
+    return impl && items == Items::Parameters ? impl->grad().unsafeGetTensorImpl() : impl;
+  };
+  const auto fetch = [](const void* p, int lines) {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(p) + 64 * i);
+  };
+  if (5 * kStage < left) fetch(next[5 * kStage], 1);
+  if (at::TensorImpl* impl = tensor(4 * kStage)) fetch(impl, 1);
+  if (at::TensorImpl* impl = tensor(3 * kStage)) fetch(impl->autograd_meta(), 1);
+  if (at::TensorImpl* impl = grad(2 * kStage)) fetch(impl, 3);
+  if (at::TensorImpl* impl = grad(kStage)) fetch(impl->unsafe_storage().unsafeGetStorageImpl(), 1);
+}
+
 // Reads all gradients of `list`, which is a list, a tuple or a single tensor. Stops at the first one that only torch
 // can handle.
 void collect(Gradients& grads, PyObject* list, Items items) {
@@ -86,7 +115,8 @@ void collect(Gradients& grads, PyObject* list, Items items) {
   // The size is asked for anew each time: reading an attribute may run code that changes the list.
   for (Py_ssize_t i = 0; i < (sequence ? PySequence_Fast_GET_SIZE(list) : 1); ++i) {
     PyObject* item = sequence ? PySequence_Fast_GET_ITEM(list, i) : list;
-    if (Py_TYPE(item) == parameter_type || Py_TYPE(item) == reinterpret_cast<PyTypeObject*>(THPVariableClass)) {
+    if (has_exact_type(item)) {
+      if (sequence) fetch_ahead(PySequence_Fast_ITEMS(list) + i, PySequence_Fast_GET_SIZE(list) - i, items);
       const at::Tensor& tensor = THPVariable_Unpack(item);
       if (items == Items::Tensors) {
         add(grads, tensor.unsafeGetTensorImpl(), items, i);
@@ -132,7 +162,9 @@ auto run(Gradients& grads, Work work) {
 // Every function below returns its result; or a str, the reason why torch has to do the call; or, where there is a
 // result at all, None when there are no gradients.
 
-py::object to_python(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
+py::object to_python(const at::Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
 
 py::object nothing_to_do() {
   native_calls.fetch_add(1, std::memory_order_relaxed);

@@ -22,7 +22,9 @@ DispatchKeySet memory_keys(const at::TensorImpl& tensor) {
   return tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
 }
 
-bool is_plain_cpu(const at::TensorImpl& tensor) { return memory_keys(tensor) == DispatchKeySet(DispatchKey::CPU); }
+bool is_plain_cpu(const at::TensorImpl& tensor) {
+  return memory_keys(tensor) == DispatchKeySet(DispatchKey::CPU);
+}
 
 std::string why_not_plain(const at::TensorImpl& tensor) {
   const DispatchKeySet keys = tensor.key_set();
@@ -152,9 +154,10 @@ void Gradients::check_clip_value(double clip_value) const {
 // Throws torch's error when the norm that the user would get is not finite.
 static void check_finite(double returned_norm, NormType type) {
   const char* order = type == NormType::L1 ? "1.0" : type == NormType::L2 ? "2.0" : "inf";
-  TORCH_CHECK(std::isfinite(returned_norm), "The total norm of order ", order,
-              " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable this error and scale "
-              "the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`");
+  TORCH_CHECK(
+      std::isfinite(returned_norm), "The total norm of order ", order,
+      " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable this error and scale "
+      "the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`");
 }
 
 at::Tensor get_total_norm(const Gradients& grads, NormType type, bool error_if_nonfinite) {

@@ -51,10 +51,10 @@ class Gradients {
   Added fall_back(std::string reason);
 
   Access access_;
-  TensorTable dense_;                    // gradients that are flat memory
-  std::vector<at::TensorImpl*> impls_;   // theirs, one a slice
-  TensorTable copies_;                   // contiguous copies of the gradients with gaps, for the norm
-  std::vector<at::Tensor> gapped_;       // those gradients, written through torch
+  TensorTable dense_;                   // gradients that are flat memory
+  std::vector<at::TensorImpl*> impls_;  // theirs, one a slice
+  TensorTable copies_;                  // contiguous copies of the gradients with gaps, for the norm
+  std::vector<at::Tensor> gapped_;      // those gradients, written through torch
   std::vector<at::Tensor> kept_;
   int64_t count_ = 0;
   uint8_t dtypes_ = 0;  // bit set of DType

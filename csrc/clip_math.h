@@ -14,7 +14,9 @@
 namespace fastclip {
 
 // The larger of two absolute values; NaN wins, as in torch.linalg.vector_norm(x, inf).
-FASTCLIP_HOST_DEVICE inline double nan_max(double a, double b) { return (b > a || b != b) ? b : a; }
+FASTCLIP_HOST_DEVICE inline double nan_max(double a, double b) {
+  return (b > a || b != b) ? b : a;
+}
 
 // Combines norms of parts of one vector into the norm of the whole. Divides by the larger one first: the squares of
 // two representable norms need not be representable (1e200 in float64).
@@ -34,7 +36,9 @@ FASTCLIP_HOST_DEVICE inline double clip_coef(double max_norm, double total_norm)
 }
 
 // Whether gradients have to be written: a coefficient of 1 changes nothing, NaN does.
-FASTCLIP_HOST_DEVICE inline bool must_scale(double coef) { return !(coef >= 1); }
+FASTCLIP_HOST_DEVICE inline bool must_scale(double coef) {
+  return !(coef >= 1);
+}
 
 // A coefficient is applied as one factor, or, where float32 would round it to a subnormal number or to zero
 // (max_norm 1e-3, total_norm 1e38), as two: 2^-64, which is exact, and the rest.

@@ -3,7 +3,6 @@
 import types
 import warnings
 from collections.abc import Iterable
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.nn import utils as torch_utils
 from fastclip._native import _C
 from fastclip.counters import count_fallback
 
-Tensors = Union[Tensor, Iterable[Tensor]]
+Tensors = Tensor | Iterable[Tensor]
 
 
 def get_total_norm(

@@ -15,7 +15,9 @@ namespace {
 bool forked = false;
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-int shares_for(const TensorTable& table) { return table.bytes() < kSmallBytes ? 1 : at::get_num_threads(); }
+int shares_for(const TensorTable& table) {
+  return table.bytes() < kSmallBytes ? 1 : at::get_num_threads();
+}
 
 // Runs work(share) for every share, each on a thread of its own where threads may be used. The same share number gets
 // the same thread in every call, so what a thread read it finds in its own cache when it scales.

@@ -13,8 +13,8 @@ std::vector<const Kernels*> runnable() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     list.push_back(&kAvx2);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
       list.push_back(&kAvx512);
     }
   }
@@ -55,6 +55,8 @@ std::vector<std::string> available_kernels() {
   return names;
 }
 
-void select_kernels(const std::string& name) { chosen.store(find(name, "name"), std::memory_order_release); }
+void select_kernels(const std::string& name) {
+  chosen.store(find(name, "name"), std::memory_order_release);
+}
 
 }  // namespace fastclip::cpu

@@ -45,8 +45,32 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline f32v abs_vec(f32v x) { return (f32v)((i32v)x & 0x7fffffff); }
-inline f64v abs_vec(f64v x) { return (f64v)((i64v)x & 0x7fffffffffffffff); }
+inline f32v abs_vec(f32v x) {
+  return (f32v)((i32v)x & 0x7fffffff);
+}
+inline f64v abs_vec(f64v x) {
+  return (f64v)((i64v)x & 0x7fffffffffffffff);
+}
+
+// The sum of the two halves of a register of floats, as doubles.
+inline f64v widened_sum(f32v x) {
+#if defined(__x86_64__) && FASTCLIP_VECTOR_BYTES == 16
+  return (f64v)(_mm_cvtps_pd((__m128)x) + _mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x)));
+#elif FASTCLIP_VECTOR_BYTES == 32
+  return (f64v)(_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)) +
+                _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)));
+#elif FASTCLIP_VECTOR_BYTES == 64
+  return (f64v)(_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)) +
+                _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)));
+#else
+  f64v sum = {};
+  for (int lane = 0; lane < kVecBytes / 4; ++lane) sum[lane % (kVecBytes / 8)] += x[lane];
+  return sum;
+#endif
+}
+inline f64v widened_sum(f64v x) {
+  return x;
+}
 
 struct F32 {
   using Vec = f32v;

@@ -1,0 +1,27 @@
+# make test    sets up what is missing, builds, runs the tests
+# make bench   the same, then measures fastclip against torch
+# make lint    ruff and clang-format, without changing anything
+#
+# PYTHON=…     the Python to start from (python3)
+# TORCH=…      the torch to put into a new virtual environment ("torch==2.13.0")
+# ARGS=…       further arguments: make bench ARGS=--quick, make test ARGS="-k value"
+
+PYTHON ?= python3
+TORCH ?= torch
+ARGS ?=
+export TORCH
+
+PREPARED = py="$$($(PYTHON) tools/prepare.py)" && "$$py" -m
+CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+.PHONY: test bench lint
+test:
+	@$(PREPARED) pytest $(ARGS)
+
+bench:
+	@$(PREPARED) benchmarks $(ARGS)
+
+lint:
+	@$(PREPARED) ruff check .
+	@$(PREPARED) ruff format --check .
+	@py="$$($(PYTHON) tools/prepare.py)" && "$$(dirname "$$py")/clang-format" --dry-run --Werror $(CPP)

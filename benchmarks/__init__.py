@@ -1,0 +1,1 @@
+"""Benchmarks of fastclip against torch: ``python -m benchmarks``, or ``make bench``."""

@@ -1,6 +1,7 @@
 """Builds the extension fastclip._C. Without torch or a compiler the package installs without it, and says so."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+OLDEST_CUDA = (12, 1)  # since then a kernel takes 32,764 bytes of parameters
 
 
 def cuda_home() -> str | None:
@@ -24,29 +26,55 @@ def cuda_home() -> str | None:
     return str((Path(nvcc).resolve().parent / tops[0]).resolve()) if tops else None
 
 
-def extension():
-    home = cuda_home()
-    if home:
-        os.environ["CUDA_HOME"] = home  # read by torch.utils.cpp_extension when it is imported
+def cuda_version(home: str) -> tuple[int, int]:
+    """The toolkit's version, (13, 0)."""
+    text = subprocess.run([Path(home) / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def cudart_directory(home: str) -> str | None:
+    """A directory with a libcudart to link with, where the toolkit has none: made from the one in torch's wheels."""
+    if any((Path(home) / part / "libcudart.so").exists() for part in ("lib64", "lib")):
+        return None
+    for folder in map(Path, sys.path):
+        for library in sorted(folder.glob("nvidia/*/lib/libcudart.so.*")):
+            link = ROOT / "build" / "cudart" / "libcudart.so"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(library)
+            return str(link.parent)
+    return None
+
+
+def extension(home: str | None):
     import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp") if "cuda" not in p.parts)
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp") if p.parent.name != "cuda")
     # -fopenmp without -lgomp: the runtime that torch brings, whatever its name, is the one that is used.
     flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
     if sys.platform == "linux":
         flags.append("-fopenmp")
 
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.c[pu]*"))
+    cuda_sources = sorted(
+        str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in (".cpp", ".cu")
+    )
     wanted = os.environ.get("FASTCLIP_CUDA", "auto")
     possible = bool(cuda_sources and home and torch.version.cuda)
+    reason = "expected CUDA sources, nvcc and a torch with CUDA; one is missing"
+    if possible and cuda_version(home) < OLDEST_CUDA:
+        possible, reason = False, "expected CUDA 12.1 or later, got {}.{} in {}".format(*cuda_version(home), home)
+        print(f"fastclip: only the CPU part is built: {reason}", file=sys.stderr)
     if wanted == "1" and not possible:
-        raise SystemExit("FASTCLIP_CUDA=1: expected CUDA sources, nvcc and a torch with CUDA; one is missing")
+        raise SystemExit(f"FASTCLIP_CUDA=1: {reason}")
     if possible and wanted != "0":
+        cudart = cudart_directory(home)
         return CUDAExtension(
             "fastclip._C",
             sources + cuda_sources,
             define_macros=[("FASTCLIP_CUDA", None)],
+            library_dirs=[cudart] if cudart else [],
             extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo"]},
         )
     return CppExtension("fastclip._C", sources, extra_compile_args={"cxx": flags})
@@ -57,10 +85,13 @@ class BuildOrExplain(build_ext):
 
     def run(self):
         try:
+            home = cuda_home()
+            if home:
+                os.environ["CUDA_HOME"] = home  # read by torch.utils.cpp_extension when it is imported
             from torch.utils.cpp_extension import BuildExtension, is_ninja_available
 
             builder = BuildExtension.with_options(use_ninja=is_ninja_available())(self.distribution)
-            self.distribution.ext_modules = [extension()]
+            self.distribution.ext_modules = [extension(home)]
             builder.inplace = self.inplace
             builder.ensure_finalized()
             builder.run()

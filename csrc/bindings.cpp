@@ -11,6 +11,9 @@
 
 #include "clip.h"
 #include "cpu/dispatch.h"
+#ifdef FASTCLIP_CUDA
+#include "cuda/launch.h"
+#endif
 
 namespace py = pybind11;
 
@@ -49,6 +52,18 @@ double to_double(py::handle object, const char* argument) {
   PyErr_Clear();
   raise(type_error ? PyExc_TypeError : PyExc_ValueError,
         std::string(argument) + ": expected a number, got " + std::string(py::repr(object)));
+}
+
+// A number, or a 0-d tensor with one. What can be read without waiting is read.
+Number to_number(py::handle object, const char* argument) {
+  if (THPVariable_Check(object.ptr())) {
+    const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+    Gradients one(Access::Read, 1);
+    if (tensor.dim() == 0 && tensor.is_cuda() && one.add(tensor.unsafeGetTensorImpl()) == Gradients::Added::Yes) {
+      return {0, tensor.detach()};
+    }
+  }
+  return {to_double(object, argument), {}};
 }
 
 void add(Gradients& grads, at::TensorImpl* grad, Items items, Py_ssize_t index) {
@@ -153,7 +168,7 @@ size_t expected_size(py::handle list) {
 template <class Work>
 auto run(Gradients& grads, Work work) {
   native_calls.fetch_add(1, std::memory_order_relaxed);
-  if (grads.bytes() < cpu::kSmallBytes) return work();
+  if (grads.bytes() < cpu::kSmallBytes && grads.only_on_cpu()) return work();
   grads.own_all();
   const py::gil_scoped_release release;
   return work();
@@ -196,7 +211,8 @@ py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handl
                            py::handle error_if_nonfinite) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clip_grad_norm_", {});
-  const double p = to_double(norm_type, "norm_type"), threshold = to_double(max_norm, "max_norm");
+  const double p = to_double(norm_type, "norm_type");
+  const Number threshold = to_number(max_norm, "max_norm");
   const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
   Gradients grads(Access::Write, expected_size(parameters));
   collect(grads, parameters.ptr(), Items::Parameters);
@@ -205,26 +221,25 @@ py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handl
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-// A number that can be read without waiting: a 0-d floating-point tensor on the CPU.
-std::optional<double> readable(py::handle total_norm) {
-  if (!THPVariable_Check(total_norm.ptr())) return std::nullopt;
+// Whether an argument can stand for the norm: a 0-d tensor of plain memory.
+bool is_norm(py::handle total_norm) {
+  if (!THPVariable_Check(total_norm.ptr())) return false;
   const at::Tensor& tensor = THPVariable_Unpack(total_norm.ptr());
   Gradients one(Access::Read, 1);
-  if (tensor.dim() != 0 || one.add(tensor.unsafeGetTensorImpl()) != Gradients::Added::Yes) return std::nullopt;
-  return tensor.item().toDouble();
+  return tensor.dim() == 0 && one.add(tensor.unsafeGetTensorImpl()) == Gradients::Added::Yes;
 }
 
 py::object clip_grads_with_norm_(py::handle parameters, py::handle max_norm, py::handle total_norm) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clip_grads_with_norm_", {});
-  const double threshold = to_double(max_norm, "max_norm");
+  const Number threshold = to_number(max_norm, "max_norm");
   Gradients grads(Access::Write, expected_size(parameters));
   collect(grads, parameters.ptr(), Items::Parameters);
   if (grads.none()) return nothing_to_do();
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
-  const auto norm = readable(total_norm);
-  if (!norm) return py::str("total_norm");
-  run(grads, [&] { fastclip::clip_grads_with_norm(grads, threshold, *norm); });
+  if (!is_norm(total_norm)) return py::str("total_norm");
+  const Number norm = to_number(total_norm, "total_norm");
+  run(grads, [&] { fastclip::clip_grads_with_norm(grads, threshold, norm); });
   return py::none();
   END_HANDLE_TH_ERRORS_PYBIND
 }
@@ -261,4 +276,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_kernels", &fastclip::cpu::available_kernels);
   m.def("select_kernels", &fastclip::cpu::select_kernels);
   m.attr("compiler") = __VERSION__;
+#ifdef FASTCLIP_CUDA
+  m.attr("cuda") = CUDA_VERSION;
+  m.def("force_cuda_blocks", &fastclip::cuda::force_blocks);
+  m.def("allow_cooperative_launches", &fastclip::cuda::allow_cooperative);
+#else
+  m.attr("cuda") = py::none();
+#endif
 }

@@ -10,6 +10,9 @@
 #include <cmath>
 
 #include "clip_math.h"
+#ifdef FASTCLIP_CUDA
+#include "cuda/clip_cuda.h"
+#endif
 
 namespace fastclip {
 namespace {
@@ -22,8 +25,15 @@ DispatchKeySet memory_keys(const at::TensorImpl& tensor) {
   return tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
 }
 
-bool is_plain_cpu(const at::TensorImpl& tensor) {
-  return memory_keys(tensor) == DispatchKeySet(DispatchKey::CPU);
+// Whether a tensor is plain memory on a device that there is a backend for.
+bool is_plain(const at::TensorImpl& tensor) {
+  const DispatchKeySet keys = memory_keys(tensor);
+  if (keys == DispatchKeySet(DispatchKey::CPU)) return true;
+#ifdef FASTCLIP_CUDA
+  return keys == DispatchKeySet(DispatchKey::CUDA);
+#else
+  return false;
+#endif
 }
 
 std::string why_not_plain(const at::TensorImpl& tensor) {
@@ -44,9 +54,18 @@ std::string why_not_plain(const at::TensorImpl& tensor) {
 
 }  // namespace
 
-Gradients::Gradients(Access access, size_t expected) : access_(access) {
-  dense_.reserve(expected);
-  impls_.reserve(expected);
+Gradients::Gradients(Access access, size_t expected) : access_(access), expected_(expected) {}
+
+Group& Gradients::group_on(c10::Device device) {
+  for (Group& group : groups_) {
+    if (group.device == device) return group;
+  }
+  Group& group = groups_.emplace_back(device);
+  if (groups_.size() == 1) {  // most often the only one
+    group.dense.reserve(expected_);
+    group.impls.reserve(expected_);
+  }
+  return group;
 }
 
 Gradients::Added Gradients::fall_back(std::string reason) {
@@ -56,7 +75,7 @@ Gradients::Added Gradients::fall_back(std::string reason) {
 
 Gradients::Added Gradients::add(at::TensorImpl* grad) {
   if (count_++ == 0 && c10::impl::dispatch_mode_enabled()) return fall_back("dispatch mode");
-  if (!is_plain_cpu(*grad)) return fall_back(why_not_plain(*grad));
+  if (!is_plain(*grad)) return fall_back(why_not_plain(*grad));
   DType dtype;
   const at::ScalarType scalar_type = grad->dtype().toScalarType();
   switch (scalar_type) {
@@ -82,66 +101,33 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
   // torch's error: writing to an inference tensor is allowed in inference mode only, where this does nothing.
   if (access_ == Access::Write && grad->is_inference()) grad->bump_version();
 
+  Group& group = group_on(grad->device());
   const int64_t numel = grad->numel();
   if (numel == 0) {
     has_empty_ = true;
     return Added::Yes;
   }
+  bytes_ += numel * item_size(dtype);
   if (grad->is_non_overlapping_and_dense()) {
     void* data = access_ == Access::Write ? grad->mutable_data() : const_cast<void*>(grad->data());
-    dense_.add(data, numel, dtype);
-    impls_.push_back(grad);
+    group.dense.add(data, numel, dtype);
+    group.impls.push_back(grad);
     return Added::Yes;
   }
   if (access_ == Access::Write) at::assert_no_internal_overlap(grad);
-  gapped_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad));
-  kept_.push_back(gapped_.back().contiguous());
-  copies_.add(kept_.back().mutable_data_ptr(), numel, dtype);
+  group.gapped.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad));
+  kept_.push_back(group.gapped.back().contiguous());
+  group.copies.add(kept_.back().mutable_data_ptr(), numel, dtype);
   return Added::Yes;
 }
 
 void Gradients::own_all() {
-  kept_.reserve(kept_.size() + impls_.size());
-  for (at::TensorImpl* impl : impls_) {
-    kept_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(impl));
+  for (const Group& group : groups_) {
+    kept_.reserve(kept_.size() + group.impls.size());
+    for (at::TensorImpl* impl : group.impls) {
+      kept_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(impl));
+    }
   }
-}
-
-double Gradients::total_norm(NormType type) const {
-  const double dense = cpu::total_norm(dense_, type);
-  return gapped_.empty() ? dense : combine_norms(dense, cpu::total_norm(copies_, type), type);
-}
-
-double Gradients::rounded(double total_norm) const {
-  return any_double_ ? total_norm : static_cast<float>(total_norm);
-}
-
-at::Tensor Gradients::norm_tensor(double total_norm) const {
-  at::Tensor result = at::detail::empty_cpu({}, norm_dtype());
-  if (any_double_) {
-    *result.mutable_data_ptr<double>() = total_norm;
-  } else {
-    *result.mutable_data_ptr<float>() = static_cast<float>(total_norm);
-  }
-  return result;
-}
-
-void Gradients::scale(double coef) {
-  cpu::scale(dense_, coef);
-  for (at::TensorImpl* impl : impls_) impl->bump_version();
-  const Factors factors(coef);
-  for (const at::Tensor& grad : gapped_) {
-    grad.mul_(factors.first);
-    if (factors.second != 1) grad.mul_(factors.second);
-  }
-}
-
-void Gradients::clamp(double clip_value) {
-  cpu::clamp(dense_, clip_value);
-  for (int64_t i = 0; i < dense_.size(); ++i) {
-    if (dense_.slices()[i].written) impls_[i]->bump_version();
-  }
-  for (const at::Tensor& grad : gapped_) grad.clamp_(-clip_value, clip_value);
 }
 
 void Gradients::check_clip_value(double clip_value) const {
@@ -151,8 +137,44 @@ void Gradients::check_clip_value(double clip_value) const {
   if (has(DType::F32)) c10::checked_convert<float>(clip_value, "float");
 }
 
-// Throws torch's error when the norm that the user would get is not finite.
-static void check_finite(double returned_norm, NormType type) {
+double total_norm(const Group& group, NormType type) {
+  const double dense = cpu::total_norm(group.dense, type);
+  return group.gapped.empty() ? dense : combine_norms(dense, cpu::total_norm(group.copies, type), type);
+}
+
+void scale(Group& group, double coef) {
+  cpu::scale(group.dense, coef);
+  for (at::TensorImpl* impl : group.impls) impl->bump_version();
+  const Factors factors(coef);
+  for (const at::Tensor& grad : group.gapped) {
+    grad.mul_(factors.first);
+    if (factors.second != 1) grad.mul_(factors.second);
+  }
+}
+
+void clamp(Group& group, double clip_value) {
+  cpu::clamp(group.dense, clip_value);
+  for (int64_t i = 0; i < group.dense.size(); ++i) {
+    if (group.dense.slices()[i].written) group.impls[i]->bump_version();
+  }
+  for (const at::Tensor& grad : group.gapped) grad.clamp_(-clip_value, clip_value);
+}
+
+double rounded(double total_norm, at::ScalarType norm_dtype) {
+  return norm_dtype == at::kDouble ? total_norm : static_cast<float>(total_norm);
+}
+
+at::Tensor norm_tensor(double total_norm, at::ScalarType norm_dtype) {
+  at::Tensor result = at::detail::empty_cpu({}, norm_dtype);
+  if (norm_dtype == at::kDouble) {
+    *result.mutable_data_ptr<double>() = total_norm;
+  } else {
+    *result.mutable_data_ptr<float>() = static_cast<float>(total_norm);
+  }
+  return result;
+}
+
+void check_finite(double returned_norm, NormType type) {
   const char* order = type == NormType::L1 ? "1.0" : type == NormType::L2 ? "2.0" : "inf";
   TORCH_CHECK(
       std::isfinite(returned_norm), "The total norm of order ", order,
@@ -160,30 +182,48 @@ static void check_finite(double returned_norm, NormType type) {
       "the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`");
 }
 
-at::Tensor get_total_norm(const Gradients& grads, NormType type, bool error_if_nonfinite) {
-  const double returned_norm = grads.rounded(grads.total_norm(type));
-  if (error_if_nonfinite) check_finite(returned_norm, type);
-  return grads.norm_tensor(returned_norm);
+double coef_for(double max_norm, double total_norm, double returned_norm) {
+  return clip_coef(max_norm, std::isfinite(returned_norm) ? total_norm : returned_norm);
 }
 
-at::Tensor clip_grad_norm(Gradients& grads, double max_norm, NormType type, bool error_if_nonfinite) {
-  const double total_norm = grads.total_norm(type), returned_norm = grads.rounded(total_norm);
+// The only place where a backend is chosen. What is all on the CPU is done here.
+
+at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite) {
+#ifdef FASTCLIP_CUDA
+  if (!grads.only_on_cpu()) return cuda::get_total_norm(grads, type, error_if_nonfinite);
+#endif
+  const double norm = rounded(total_norm(grads.groups().front(), type), grads.norm_dtype());
+  if (error_if_nonfinite) check_finite(norm, type);
+  return norm_tensor(norm, grads.norm_dtype());
+}
+
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite) {
+#ifdef FASTCLIP_CUDA
+  if (!grads.only_on_cpu()) return cuda::clip_grad_norm(grads, max_norm, type, error_if_nonfinite);
+#endif
+  Group& group = grads.groups().front();
+  const double norm = total_norm(group, type), returned_norm = rounded(norm, grads.norm_dtype());
   if (error_if_nonfinite) check_finite(returned_norm, type);
-  at::Tensor result = grads.norm_tensor(returned_norm);  // before anything is written: it may be out of memory
-  // Where the user gets inf, torch's results hold: everything finite becomes 0, what was infinite NaN.
-  const double coef = clip_coef(max_norm, std::isfinite(returned_norm) ? total_norm : returned_norm);
-  if (must_scale(coef)) grads.scale(coef);
+  at::Tensor result = norm_tensor(norm, grads.norm_dtype());  // before anything is written: it may be out of memory
+  const double coef = coef_for(max_norm.here(), norm, returned_norm);
+  if (must_scale(coef)) scale(group, coef);
   return result;
 }
 
-void clip_grads_with_norm(Gradients& grads, double max_norm, double total_norm) {
-  const double coef = clip_coef(max_norm, total_norm);
-  if (must_scale(coef)) grads.scale(coef);
+void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm) {
+#ifdef FASTCLIP_CUDA
+  if (!grads.only_on_cpu()) return cuda::clip_grads_with_norm(grads, max_norm, total_norm);
+#endif
+  const double coef = clip_coef(max_norm.here(), total_norm.here());
+  if (must_scale(coef)) scale(grads.groups().front(), coef);
 }
 
 void clip_grad_value(Gradients& grads, double clip_value) {
   grads.check_clip_value(clip_value);
-  grads.clamp(clip_value);
+#ifdef FASTCLIP_CUDA
+  if (!grads.only_on_cpu()) return cuda::clip_grad_value(grads, clip_value);
+#endif
+  clamp(grads.groups().front(), clip_value);
 }
 
 }  // namespace fastclip

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <string>
 #include <vector>
@@ -11,6 +12,25 @@
 namespace fastclip {
 
 enum class Access { Read, Write };
+
+// A threshold or a norm. On a CUDA device it is left where it is: reading it here would wait for the device.
+struct Number {
+  double value = 0;
+  at::Tensor tensor;  // 0-d, on a CUDA device; undefined for a number that is known here
+
+  double here() const { return tensor.defined() ? tensor.item().toDouble() : value; }
+};
+
+// The gradients of one call that lie on one device.
+struct Group {
+  explicit Group(c10::Device device) : device(device) {}
+
+  c10::Device device;
+  TensorTable dense;                   // gradients that are flat memory
+  std::vector<at::TensorImpl*> impls;  // theirs, one a slice
+  TensorTable copies;                  // contiguous copies of the gradients with gaps, for the norm
+  std::vector<at::Tensor> gapped;      // those gradients, written through torch
+};
 
 // The gradients of one call. add() either packs a gradient or says why it cannot be.
 class Gradients {
@@ -29,33 +49,26 @@ class Gradients {
   void own_all();
 
   bool none() const { return count_ == 0; }
+  bool only_on_cpu() const { return groups_.size() == 1 && groups_[0].device.is_cpu(); }
+  c10::SmallVectorImpl<Group>& groups() { return groups_; }
   bool has_empty() const { return has_empty_; }
   const std::string& fallback_reason() const { return fallback_reason_; }
-  int64_t bytes() const { return dense_.bytes() + copies_.bytes(); }
+  int64_t bytes() const { return bytes_; }
   // The promotion of the gradients' dtypes, at least float32.
   at::ScalarType norm_dtype() const { return any_double_ ? at::kDouble : at::kFloat; }
-
-  // The norm, unrounded; rounded to norm_dtype(); as the 0-d tensor that users get.
-  double total_norm(NormType type) const;
-  double rounded(double total_norm) const;
-  at::Tensor norm_tensor(double total_norm) const;
-
-  // Both bump the version counters of the gradients that they write.
-  void scale(double coef);
-  void clamp(double clip_value);
 
   // Throws torch's error where a dtype among the gradients cannot represent a finite clip_value.
   void check_clip_value(double clip_value) const;
 
  private:
   Added fall_back(std::string reason);
+  Group& group_on(c10::Device device);
 
   Access access_;
-  TensorTable dense_;                   // gradients that are flat memory
-  std::vector<at::TensorImpl*> impls_;  // theirs, one a slice
-  TensorTable copies_;                  // contiguous copies of the gradients with gaps, for the norm
-  std::vector<at::Tensor> gapped_;      // those gradients, written through torch
+  size_t expected_;
+  c10::SmallVector<Group, 1> groups_;  // in the order of their first gradients
   std::vector<at::Tensor> kept_;
+  int64_t bytes_ = 0;
   int64_t count_ = 0;
   uint8_t dtypes_ = 0;  // bit set of DType
   bool any_double_ = false;
@@ -63,10 +76,26 @@ class Gradients {
   std::string fallback_reason_;
 };
 
+// A group on the CPU: its norm, unrounded; its gradients changed in place, and their version counters where they were.
+double total_norm(const Group& group, NormType type);
+void scale(Group& group, double coef);
+void clamp(Group& group, double clip_value);
+
+// A norm as users get it: rounded to norm_dtype(), and as a 0-d tensor on the CPU.
+double rounded(double total_norm, at::ScalarType norm_dtype);
+at::Tensor norm_tensor(double total_norm, at::ScalarType norm_dtype);
+
+// Throws torch's error when the norm that the user would get is not finite.
+void check_finite(double returned_norm, NormType type);
+
+// The clip coefficient, from the unrounded norm. Where the user gets inf or NaN, torch's results hold: everything
+// finite becomes 0, what was infinite NaN.
+double coef_for(double max_norm, double total_norm, double returned_norm);
+
 // The four functions, on packed gradients.
-at::Tensor get_total_norm(const Gradients& grads, NormType type, bool error_if_nonfinite);
-at::Tensor clip_grad_norm(Gradients& grads, double max_norm, NormType type, bool error_if_nonfinite);
-void clip_grads_with_norm(Gradients& grads, double max_norm, double total_norm);
+at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite);
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite);
+void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm);
 void clip_grad_value(Gradients& grads, double clip_value);
 
 }  // namespace fastclip

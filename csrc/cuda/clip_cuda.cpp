@@ -1,0 +1,324 @@
+// A call over CUDA devices: what is launched where, in which order, and what goes from one device to another.
+//
+// The device of the first gradient leads. Every other device reduces its own gradients and sends its partial norms
+// there, unrounded; the leading device combines all of them, scales its own gradients, and sends the coefficient back.
+// All of it is queued on the devices' current streams and nothing waits, unless the CPU takes part: it has to know the
+// coefficient to scale its gradients, and when the first gradient is on the CPU, the CPU leads.
+//
+// No stream is told of any tensor (record_stream): gradients are used on the streams on which torch's own operations
+// would use them, and everything else is allocated on the stream that uses it.
+#include "clip_cuda.h"
+
+#include <ATen/EmptyTensor.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cmath>
+#include <cstddef>
+#include <optional>
+
+#include "../clip_math.h"
+#include "launch.h"
+
+namespace fastclip::cuda {
+namespace {
+
+// A tensor over a part of a storage on a CUDA device.
+at::Tensor view(const c10::Storage& storage, at::ScalarType dtype, size_t byte, at::IntArrayRef sizes) {
+  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(storage), c10::DispatchKeySet(c10::DispatchKey::CUDA), c10::scalarTypeToTypeMeta(dtype));
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  tensor.unsafeGetTensorImpl()->set_storage_offset(byte / c10::elementSize(dtype));
+  return tensor;
+}
+
+// One device's part of a call.
+class Part {
+ public:
+  Part(Group& group, Access access)
+      : group(group),
+        stream(c10::cuda::getCurrentCUDAStream(group.device.index())),
+        table_(group.dense.size() + group.copies.size()) {
+    table_.add(group.dense);
+    scale_rows_ = table_.rows();
+    table_.add(group.copies);
+    if (access == Access::Write) {
+      for (const TensorTable& round : rounds_without_overlaps(group.dense)) {
+        rounds_.emplace_back(round.size()).add(round);
+      }
+    }
+    blocks_ = blocks_for(table_, group.device.index());
+  }
+
+  int partials() const { return blocks_; }
+  // Whether scaling leaves behind results that later steps need: with only a norm given, they have no room of their own.
+  bool needs_results() const { return !group.gapped.empty() || !rounds_.empty(); }
+
+  // Makes room for the results: the partial norms of this device, and of others behind them.
+  void allocate(int other_partials = 0) {
+    const c10::cuda::CUDAGuard guard(group.device);
+    c10::Allocator* allocator = c10::cuda::CUDACachingAllocator::get();
+    const size_t bytes = offsetof(Results, partial_norms) + (blocks_ + other_partials) * sizeof(double);
+    storage_ = c10::Storage(c10::Storage::use_byte_size_t(), bytes, allocator->allocate(bytes), allocator, true);
+    all_partials_ = blocks_ + other_partials;
+  }
+
+  at::Tensor norm(at::ScalarType dtype) const { return view(storage_, dtype, 0, {}); }
+  at::Tensor coef() const { return view(storage_, at::kDouble, offsetof(Results, coef), {}); }
+  // The coefficient and the two factors that it is applied as.
+  at::Tensor factors() const { return view(storage_, at::kDouble, offsetof(Results, coef), {3}); }
+  at::Tensor partial_norms(int from, int count) const {
+    return view(storage_, at::kDouble, offsetof(Results, partial_norms) + from * sizeof(double), {count});
+  }
+
+  void reduce(NormType type) const {
+    Job job = new_job();
+    job.task = Task::Reduce;
+    job.norm_type = type;
+    launch(job, table_, blocks_, stream);
+  }
+
+  // A job with everything in it but the task and the source.
+  Job new_job() const {
+    Job job{};
+    job.scale_rows = scale_rows_;
+    job.partials = all_partials_;
+    job.results = storage_ ? static_cast<Results*>(storage_.mutable_data()) : nullptr;
+    return job;
+  }
+
+  void norm(Job job) const {
+    job.task = Task::Norm;
+    job.source = Source::PartialNorms;
+    launch(job, table_, blocks_, stream);
+  }
+
+  // Reduces, decides, and scales.
+  void reduce_then_scale(Job job) const {
+    job.source = Source::PartialNorms;
+    if (!rounds_.empty()) {
+      reduce(job.norm_type);
+      return scale(job);
+    }
+    job.task = Task::ReduceThenScale;
+    launch(job, table_, blocks_, stream);
+  }
+
+  // Scales the gradients that are flat memory. The coefficient comes from job.source.
+  void scale(Job job) const {
+    job.task = Task::Scale;
+    if (rounds_.empty()) return launch(job, table_, blocks_, stream);
+    for (const PackedTable& round : rounds_) {
+      job.scale_rows = round.rows();
+      launch(job, round, blocks_for(round, group.device.index()), stream);
+      job.source = Source::Coef;  // which the first round has left
+    }
+  }
+
+  // Scales the gradients with gaps, by the factors that a launch has left, and bumps all version counters.
+  void finish_scaling() const {
+    // Nobody on the host knows whether the device has written, so the counters rise as they do for torch's mul_.
+    for (at::TensorImpl* impl : group.impls) impl->bump_version();
+    if (group.gapped.empty()) return;
+    const at::Tensor first = view(storage_, at::kDouble, offsetof(Results, first), {});
+    const at::Tensor second = view(storage_, at::kDouble, offsetof(Results, second), {});
+    for (const at::Tensor& grad : group.gapped) grad.mul_(first).mul_(second);
+  }
+
+  void clamp(double clip_value) const {
+    Job job = new_job();
+    job.task = Task::Clamp;
+    job.clip_value = clip_value;
+    if (rounds_.empty()) launch(job, table_, blocks_, stream);
+    for (const PackedTable& round : rounds_) {
+      job.scale_rows = round.rows();
+      launch(job, round, blocks_for(round, group.device.index()), stream);
+    }
+    for (at::TensorImpl* impl : group.impls) impl->bump_version();
+    for (const at::Tensor& grad : group.gapped) grad.clamp_(-clip_value, clip_value);
+  }
+
+  Group& group;
+  const c10::cuda::CUDAStream stream;
+
+ private:
+  PackedTable table_;     // flat memory, then the copies of gradients with gaps
+  int64_t scale_rows_;    // of the flat memory
+  std::vector<PackedTable> rounds_;
+  int blocks_ = 1, all_partials_ = 0;
+  c10::Storage storage_;  // Results
+};
+
+// All devices of a call.
+struct Call {
+  Call(Gradients& grads, Access access) : dtype(grads.norm_dtype()) {
+    parts.reserve(grads.groups().size());
+    for (Group& group : grads.groups()) {
+      if (group.device.is_cpu()) {
+        cpu = &group;
+      } else {
+        parts.emplace_back(group, access);
+      }
+    }
+    host_leads = grads.groups().front().device.is_cpu();
+  }
+
+  Part& lead() { return parts.front(); }
+
+  // Lets all but the leading device reduce, and queues the copies of what they find.
+  void gather(NormType type) {
+    int others = cpu ? 1 : 0;
+    for (size_t i = 1; i < parts.size(); ++i) others += parts[i].partials();
+    lead().allocate(others);
+    int at = lead().partials();
+    for (size_t i = 1; i < parts.size(); ++i) {
+      Part& part = parts[i];
+      part.allocate();
+      part.reduce(type);
+      lead().partial_norms(at, part.partials()).copy_(part.partial_norms(0, part.partials()), true);
+      at += part.partials();
+    }
+    if (cpu) lead().partial_norms(at, 1).copy_(norm_tensor(total_norm(*cpu, type), at::kDouble).view({1}), true);
+  }
+
+  // Scales on all but the leading device, by the leading device's coefficient.
+  void scale_others() {
+    for (size_t i = 1; i < parts.size(); ++i) {
+      parts[i].factors().copy_(lead().factors(), true);
+      Job job = parts[i].new_job();
+      job.source = Source::Coef;
+      parts[i].scale(job);
+      parts[i].finish_scaling();
+    }
+    if (!cpu) return;
+    const double coef = lead().coef().item().toDouble();  // waits
+    if (must_scale(coef)) scale(*cpu, coef);
+  }
+
+  // The norm, for the host. Waits.
+  double norm_here(NormType type) {
+    for (Part& part : parts) {
+      part.allocate();
+      part.reduce(type);
+    }
+    double norm = total_norm(*cpu, type);
+    for (Part& part : parts) {
+      const at::Tensor partials = part.partial_norms(0, part.partials()).cpu();
+      for (int i = 0; i < part.partials(); ++i) norm = combine_norms(norm, partials.const_data_ptr<double>()[i], type);
+    }
+    return norm;
+  }
+
+  std::vector<Part> parts;
+  Group* cpu = nullptr;
+  bool host_leads;
+  at::ScalarType dtype;  // of the norm that the user gets
+};
+
+// A number as a kernel on `device` reads it. A copy of it, if one has to be made, is kept in `kept`.
+Operand operand(const Number& number, c10::Device device, std::vector<at::Tensor>& kept) {
+  if (!number.tensor.defined()) return {number.value, nullptr, DType::F64};
+  const at::Tensor tensor = kept.emplace_back(number.tensor.to(device));
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return {0, tensor.const_data_ptr(), DType::F32};
+    case at::kHalf:
+      return {0, tensor.const_data_ptr(), DType::F16};
+    case at::kBFloat16:
+      return {0, tensor.const_data_ptr(), DType::BF16};
+    default:
+      return {0, kept.emplace_back(tensor.to(at::kDouble)).const_data_ptr(), DType::F64};
+  }
+}
+
+Job norm_job(Call& call, NormType type) {
+  Job job = call.lead().new_job();
+  job.norm_type = type;
+  job.norm_is_f64 = call.dtype == at::kDouble;
+  return job;
+}
+
+}  // namespace
+
+at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite) {
+  Call call(grads, Access::Read);
+  at::Tensor norm;
+  if (call.host_leads) {
+    norm = norm_tensor(call.norm_here(type), call.dtype);
+  } else {
+    call.gather(type);
+    call.lead().norm(norm_job(call, type));
+    norm = call.lead().norm(call.dtype);
+  }
+  if (error_if_nonfinite) check_finite(norm.item().toDouble(), type);
+  return norm;
+}
+
+static at::Tensor factors_tensor(double coef) {
+  const Factors factors(coef);
+  at::Tensor tensor = at::detail::empty_cpu({3}, at::kDouble);
+  double* values = tensor.mutable_data_ptr<double>();
+  values[0] = coef, values[1] = factors.first, values[2] = factors.second;
+  return tensor;
+}
+
+static at::Tensor clip_led_by_host(Call& call, double max_norm, NormType type, bool error_if_nonfinite) {
+  const double total_norm = call.norm_here(type), returned_norm = rounded(total_norm, call.dtype);
+  if (error_if_nonfinite) check_finite(returned_norm, type);
+  at::Tensor result = norm_tensor(returned_norm, call.dtype);
+  const double coef = coef_for(max_norm, total_norm, returned_norm);
+  if (!must_scale(coef)) return result;
+  for (const Part& part : call.parts) {
+    part.factors().copy_(factors_tensor(coef), true);
+    Job job = part.new_job();
+    job.source = Source::Coef;
+    part.scale(job);
+    part.finish_scaling();
+  }
+  scale(*call.cpu, coef);
+  return result;
+}
+
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite) {
+  Call call(grads, Access::Write);
+  if (call.host_leads) return clip_led_by_host(call, max_norm.here(), type, error_if_nonfinite);
+
+  std::vector<at::Tensor> kept;
+  call.gather(type);
+  Job job = norm_job(call, type);
+  job.max_norm = operand(max_norm, call.lead().group.device, kept);
+  job.spare_nonfinite = error_if_nonfinite;
+  call.lead().reduce_then_scale(job);
+  at::Tensor norm = call.lead().norm(call.dtype);
+  if (error_if_nonfinite) check_finite(norm.item().toDouble(), type);  // waits; nothing was written if it throws
+  call.lead().finish_scaling();
+  call.scale_others();
+  return norm;
+}
+
+void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm) {
+  Call call(grads, Access::Write);
+  std::vector<at::Tensor> kept;
+  for (Part& part : call.parts) {
+    if (part.needs_results()) part.allocate();
+    Job job = part.new_job();
+    job.source = Source::TotalNorm;
+    job.norm_is_f64 = true;  // it is given, and not rounded again
+    job.max_norm = operand(max_norm, part.group.device, kept);
+    job.total_norm = operand(total_norm, part.group.device, kept);
+    part.scale(job);
+    part.finish_scaling();
+  }
+  if (!call.cpu) return;
+  const double coef = clip_coef(max_norm.here(), total_norm.here());
+  if (must_scale(coef)) scale(*call.cpu, coef);
+}
+
+void clip_grad_value(Gradients& grads, double clip_value) {
+  Call call(grads, Access::Write);
+  for (const Part& part : call.parts) part.clamp(clip_value);
+  if (call.cpu) clamp(*call.cpu, clip_value);
+}
+
+}  // namespace fastclip::cuda

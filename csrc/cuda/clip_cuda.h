@@ -1,0 +1,13 @@
+// The four functions, for gradients of which some are on CUDA devices.
+#pragma once
+
+#include "../clip.h"
+
+namespace fastclip::cuda {
+
+at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite);
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite);
+void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm);
+void clip_grad_value(Gradients& grads, double clip_value);
+
+}  // namespace fastclip::cuda

@@ -1,0 +1,597 @@
+// The kernels: raw pointers in, gradients scaled in place. No torch header.
+//
+// The rows of all gradients are one long list, and each warp has a contiguous share of it. A warp reduces its share
+// front to back; the blocks' partial norms are combined after a grid-wide barrier, by every block, in the same order;
+// then each warp scales its share back to front, since what it read last is still in the L2 cache. A coefficient
+// of 1 ends the kernel instead: nothing is written.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../clip_math.h"
+#include "job.h"
+
+namespace fastclip::cuda {
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffff;
+static_assert(kWarp == 32, "kAllLanes has a bit for each lane");
+
+template <class T>
+__device__ __forceinline__ T lesser(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+__device__ __forceinline__ T greater(T a, T b) {
+  return a < b ? b : a;
+}
+
+// ---- dtypes ----------------------------------------------------------------------------------------------------------
+
+// Each dtype says how a 16-byte vector becomes numbers and back, and what the largest absolute value in it is, as a
+// bit pattern: as integers NaN is above inf and inf above every number.
+
+struct F32 {
+  using Element = float;
+  using Number = float;
+  static constexpr int kElements = 4;
+  using Pattern = uint32_t;
+  static constexpr Pattern kAbs = 0x7fffffff;
+
+  static __device__ void unpack(uint4 v, float (&x)[4]) {
+    x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y), x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
+  }
+  static __device__ uint4 pack(const float (&x)[4]) {
+    return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+  }
+  static __device__ double widen(float x) { return x; }
+  static __device__ float narrow(double x) { return static_cast<float>(x); }
+  static __device__ Pattern bits(float x) { return __float_as_uint(x); }
+  static __device__ float value(Pattern bits) { return __uint_as_float(bits); }
+
+  struct Largest {
+    uint32_t bits = 0;
+    __device__ void take(uint32_t word) { bits = max(bits, word & kAbs); }
+    __device__ void take(uint4 v) { take(v.x), take(v.y), take(v.z), take(v.w); }
+    __device__ Pattern pattern() const { return bits; }
+  };
+};
+
+// Two 16-bit elements in a word. The larger of the upper halves is found with the lower halves left in place, which
+// only decide between equals; those of the lower halves are shifted up, the sign out of the word.
+struct Largest16 {
+  uint32_t upper = 0, lower = 0;
+  __device__ void take(uint32_t word) { upper = max(upper, word & 0x7fffffff), lower = max(lower, word << 17); }
+  __device__ void take(uint4 v) { take(v.x), take(v.y), take(v.z), take(v.w); }
+  __device__ uint16_t pattern() const { return static_cast<uint16_t>(max(upper >> 16, lower >> 17)); }
+};
+
+// What float16 and bfloat16 have in common; D takes a word apart and puts it together.
+template <class D>
+struct SixteenBit {
+  using Number = float;
+  static constexpr int kElements = 8;
+  using Pattern = uint16_t;
+  using Largest = Largest16;
+
+  static __device__ void unpack(uint4 v, float (&x)[8]) {
+    D::unpack_pair(v.x, x), D::unpack_pair(v.y, x + 2), D::unpack_pair(v.z, x + 4), D::unpack_pair(v.w, x + 6);
+  }
+  static __device__ uint4 pack(const float (&x)[8]) {
+    return make_uint4(D::pack_pair(x), D::pack_pair(x + 2), D::pack_pair(x + 4), D::pack_pair(x + 6));
+  }
+};
+
+struct F16 : SixteenBit<F16> {
+  using Element = __half;
+  static constexpr Pattern kAbs = 0x7fff;
+
+  static __device__ void unpack_pair(uint32_t word, float* x) {
+    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+    x[0] = pair.x, x[1] = pair.y;
+  }
+  static __device__ uint32_t pack_pair(const float* x) {
+    const __half2 pair = __floats2half2_rn(x[0], x[1]);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ double widen(__half x) { return __half2float(x); }
+  static __device__ __half narrow(double x) { return __float2half_rn(static_cast<float>(x)); }
+  static __device__ Pattern bits(__half x) { return __half_as_ushort(x); }
+  static __device__ __half value(Pattern bits) { return __ushort_as_half(bits); }
+};
+
+struct BF16 : SixteenBit<BF16> {
+  using Element = __nv_bfloat16;
+  static constexpr Pattern kAbs = 0x7fff;
+
+  // A bfloat16 is the upper half of a float: one instruction an element.
+  static __device__ void unpack_pair(uint32_t word, float* x) {
+    x[0] = __uint_as_float(word << 16), x[1] = __uint_as_float(word & 0xffff0000);
+  }
+  static __device__ uint32_t pack_pair(const float* x) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __nv_bfloat16 narrow(double x) { return __float2bfloat16_rn(static_cast<float>(x)); }
+  static __device__ Pattern bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+  static __device__ __nv_bfloat16 value(Pattern bits) { return __ushort_as_bfloat16(bits); }
+};
+
+struct F64 {
+  using Element = double;
+  using Number = double;
+  static constexpr int kElements = 2;
+  using Pattern = unsigned long long;
+  static constexpr Pattern kAbs = 0x7fffffffffffffff;
+
+  static __device__ void unpack(uint4 v, double (&x)[2]) {
+    x[0] = __hiloint2double(v.y, v.x), x[1] = __hiloint2double(v.w, v.z);
+  }
+  static __device__ uint4 pack(const double (&x)[2]) {
+    return make_uint4(__double2loint(x[0]), __double2hiint(x[0]), __double2loint(x[1]), __double2hiint(x[1]));
+  }
+  static __device__ double widen(double x) { return x; }
+  static __device__ double narrow(double x) { return x; }
+  static __device__ Pattern bits(double x) { return __double_as_longlong(x); }
+  static __device__ double value(Pattern bits) { return __longlong_as_double(bits); }
+
+  struct Largest {
+    Pattern bits = 0;
+    __device__ void take(uint4 v) {
+      bits = max(bits, (static_cast<Pattern>(v.y & 0x7fffffff) << 32) | v.x);
+      bits = max(bits, (static_cast<Pattern>(v.w & 0x7fffffff) << 32) | v.z);
+    }
+    __device__ Pattern pattern() const { return bits; }
+  };
+};
+
+// Calls visit(dtype tag): the only switch over dtypes.
+template <class Visit>
+__device__ __forceinline__ void with_dtype(DType dtype, Visit visit) {
+  switch (dtype) {
+    case DType::F32:
+      return visit(F32());
+    case DType::F64:
+      return visit(F64());
+    case DType::F16:
+      return visit(F16());
+    case DType::BF16:
+      return visit(BF16());
+  }
+}
+
+__device__ double read(const Operand& operand) {
+  double value = operand.value;
+  if (operand.pointer) {
+    with_dtype(operand.dtype, [&](auto d) {
+      using D = decltype(d);
+      value = D::widen(*static_cast<const typename D::Element*>(operand.pointer));
+    });
+  }
+  return value;
+}
+
+// ---- norms -----------------------------------------------------------------------------------------------------------
+
+// Up to 6 rows of a gradient, of which a lane has a vector each: loaded at once, then used.
+struct Batch {
+  static constexpr int kVectors = kRowsInFlight * kWarp;
+
+  uint4* p;   // the first vector of this lane
+  int count;  // how many vectors this lane has, every kWarp-th from p on
+  uint4 v[kRowsInFlight];
+
+  // `left` vectors follow from `first` on. Those that a lane does not have are zeros, which change no norm.
+  __device__ __forceinline__ Batch(uint4* first, int lane, int left)
+      : p(first + lane), count(left >= kVectors ? kRowsInFlight : (left - lane + kWarp - 1) / kWarp) {
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) v[k] = k < count ? p[k * kWarp] : make_uint4(0, 0, 0, 0);
+  }
+
+  // The largest absolute value, as a bit pattern.
+  template <class D>
+  __device__ __forceinline__ typename D::Pattern largest() const {
+    typename D::Largest found;
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) found.take(v[k]);
+    return found.pattern();
+  }
+
+  // Calls take(double) for each element. Reads them again, in a loop that is not unrolled: for what happens rarely.
+  template <class D, class Take>
+  __device__ __forceinline__ void for_each_element(Take take) const {
+#pragma unroll 1
+    for (int k = 0; k < count; ++k) {
+      typename D::Number x[D::kElements];
+      D::unpack(p[k * kWarp], x);
+#pragma unroll
+      for (int e = 0; e < D::kElements; ++e) take(static_cast<double>(x[e]));
+    }
+  }
+};
+
+// A batch, added up in the dtype's own arithmetic. Each of the float accumulators takes 6 terms, and three additions
+// join 8 of them: 9 roundings of 2^-24 put the sum off by 5.4e-7 at worst, and the L2 norm by half of that. From here
+// on it is float64. One conversion and one addition in float64 for 48 bfloat16 elements: cards with 1/64 of their
+// float32 rate in float64 still do it several times faster than their memory delivers.
+template <class D, class Add>
+__device__ __forceinline__ typename D::Number sum_of(const Batch& batch, Add add) {
+  typename D::Number sum[D::kElements] = {};
+#pragma unroll
+  for (int k = 0; k < kRowsInFlight; ++k) {
+    typename D::Number x[D::kElements];
+    D::unpack(batch.v[k], x);
+#pragma unroll
+    for (int e = 0; e < D::kElements; ++e) sum[e] = add(sum[e], x[e]);
+  }
+#pragma unroll
+  for (int half = D::kElements / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int e = 0; e < half; ++e) sum[e] += sum[e + half];
+  }
+  return sum[0];
+}
+
+// In [kLeast, kMost] a batch's sum of squares is sound: nothing overflowed, and what underflowed (2^-150 a term, 48
+// terms) is nothing beside it. float16 cannot leave the range. A float64 sum stays so far below the largest number
+// that all batches together do, too.
+template <class D>
+struct Sound {
+  static constexpr float kLeast = 0x1p-90f, kMost = 3.4e38f;
+};
+template <>
+struct Sound<F16> {
+  static constexpr float kLeast = 0, kMost = 3.4e38f;
+};
+template <>
+struct Sound<F64> {
+  static constexpr double kLeast = 0x1p-900, kMost = 0x1p960;
+};
+
+struct L1 {
+  double sum = 0;
+
+  template <class D>
+  __device__ __forceinline__ void take(const Batch& batch) {
+    using Number = typename D::Number;
+    const Number total = sum_of<D>(batch, [](Number sum, Number x) { return sum + fabs(x); });
+    if (total <= Sound<D>::kMost || sizeof(Number) == 8) {
+      sum += total;
+    } else {
+      batch.for_each_element<D>([this](double x) { take(x); });
+    }
+  }
+  __device__ void take(double x) { sum += fabs(x); }
+  __device__ void merge(const L1& other) { sum += other.sum; }
+  __device__ L1 of_lane(int mask) const { return {__shfl_xor_sync(kAllLanes, sum, mask)}; }
+  __device__ double norm() const { return sum; }
+};
+
+struct L2 {
+  // Sums of squares. Those of values beyond 2^500 and below 2^-400 are no numbers in float64; they are summed apart,
+  // multiplied by powers of 2.
+  double sum = 0, large = 0, small = 0;
+
+  template <class D>
+  __device__ __forceinline__ void take(const Batch& batch) {
+    using Number = typename D::Number;
+    const Number total = sum_of<D>(batch, [](Number sum, Number x) { return fma(x, x, sum); });
+    if (total >= Sound<D>::kLeast && total <= Sound<D>::kMost) {
+      sum += total;
+    } else if (batch.largest<D>() != 0) {
+      batch.for_each_element<D>([this](double x) {
+        if (sizeof(Number) == 8) {
+          take(x);
+        } else {
+          sum = fma(x, x, sum);  // squares of floats are numbers in float64
+        }
+      });
+    }
+  }
+  __device__ void take(double x) {
+    const double size = fabs(x);
+    if (size > 0x1p500) {
+      large = fma(x * 0x1p-600, x * 0x1p-600, large);
+    } else if (size < 0x1p-400) {
+      small = fma(x * 0x1p600, x * 0x1p600, small);
+    } else {
+      sum = fma(x, x, sum);
+    }
+  }
+  __device__ void merge(const L2& other) { sum += other.sum, large += other.large, small += other.small; }
+  __device__ L2 of_lane(int mask) const {
+    return {__shfl_xor_sync(kAllLanes, sum, mask), __shfl_xor_sync(kAllLanes, large, mask),
+            __shfl_xor_sync(kAllLanes, small, mask)};
+  }
+  __device__ double norm() const {
+    double norm = sqrt(sum);
+    if (large != 0) norm = combine_norms(norm, sqrt(large) * 0x1p600, NormType::L2);
+    if (small != 0) norm = combine_norms(norm, sqrt(small) * 0x1p-600, NormType::L2);
+    return norm;
+  }
+};
+
+struct Inf {
+  double max = 0;
+
+  template <class D>
+  __device__ __forceinline__ void take(const Batch& batch) {
+    take(D::widen(D::value(batch.largest<D>())));
+  }
+  __device__ void take(double x) { max = nan_max(max, fabs(x)); }
+  __device__ void merge(const Inf& other) { max = nan_max(max, other.max); }
+  __device__ Inf of_lane(int mask) const { return {__shfl_xor_sync(kAllLanes, max, mask)}; }
+  __device__ double norm() const { return max; }
+};
+
+// The norm over all threads of a block, for thread 0. Always in the same order.
+template <class Norm>
+__device__ double block_norm(Norm mine) {
+  __shared__ double storage[kWarps * sizeof(Norm) / sizeof(double)];
+  Norm* warps = reinterpret_cast<Norm*>(storage);
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) mine.merge(mine.of_lane(mask));
+  __syncthreads();  // the storage may still be read by an earlier call
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  if (threadIdx.x != 0) return 0;
+  Norm total = warps[0];
+  for (int warp = 1; warp < kWarps; ++warp) total.merge(warps[warp]);
+  return total.norm();
+}
+
+// ---- shares ----------------------------------------------------------------------------------------------------------
+
+// The contiguous rows [begin, end) of a warp.
+struct Share {
+  int64_t begin, end;
+
+  __device__ explicit Share(int64_t rows) {
+    const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+    const int64_t each = rows / warps, rest = rows % warps;
+    begin = each * warp + lesser(warp, rest);
+    end = begin + each + (warp < rest);
+  }
+};
+
+__device__ __forceinline__ int64_t end_row(const Entry& entry) {
+  return static_cast<int64_t>(entry.packed >> kRowShift);
+}
+
+// The gradient that has a row: the first that ends behind it.
+__device__ int find(const Entry* entries, int count, int64_t row) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (end_row(entries[middle]) > row) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// What a warp has of one gradient.
+struct Segment {
+  uint4* vectors;            // the first whole vector of this warp's rows
+  int count;                 // and how many there are: 2^31 of them are 32 GB for one warp
+  char *head, *tail;         // what lies before the first and behind the last whole vector of the gradient:
+  int head_size, tail_size;  // bytes, 0 unless row 0 is among this warp's rows
+  DType dtype;
+
+  __device__ Segment(const Entry* entries, int index, Share share) {
+    const Entry entry = entries[index];
+    const int64_t start = index > 0 ? end_row(entries[index - 1]) : 0, rows = end_row(entry) - start;
+    const int64_t slack = entry.packed >> kDTypeBits & ((1 << kSlackBits) - 1);
+    dtype = static_cast<DType>(entry.packed & ((1 << kDTypeBits) - 1));
+    char* const stop = entry.data + (rows * kRowBytes + kSlackBias - slack);
+    const auto down = [](char* p) {
+      return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(p) & ~static_cast<uintptr_t>(kVectorBytes - 1));
+    };
+    char* const first = down(entry.data + kVectorBytes - 1);
+    char* const last = down(stop);
+    const int64_t begin = greater(share.begin - start, int64_t{0}), end = lesser(share.end - start, rows);
+    vectors = reinterpret_cast<uint4*>(first + begin * kRowBytes);
+    // -1 for a gradient inside a vector.
+    count = static_cast<int>(reinterpret_cast<uint4*>(lesser(first + end * kRowBytes, last)) - vectors);
+    head = entry.data, tail = greater(first, last);
+    head_size = begin == 0 ? static_cast<int>(lesser(first, stop) - head) : 0;
+    tail_size = begin == 0 && tail < stop ? static_cast<int>(stop - tail) : 0;
+  }
+
+  // The element of head or tail that this lane has, if any: the first lanes have the head, the next the tail.
+  template <class Element>
+  __device__ Element* element(int lane) const {
+    constexpr int kMost = kVectorBytes / sizeof(Element);
+    const bool in_tail = lane >= kMost;
+    const int offset = (in_tail ? lane - kMost : lane) * static_cast<int>(sizeof(Element));
+    return offset < (in_tail ? tail_size : head_size) ? reinterpret_cast<Element*>((in_tail ? tail : head) + offset)
+                                                       : nullptr;
+  }
+};
+
+template <class D, class Norm>
+__device__ __forceinline__ void reduce(const Segment& segment, int lane, Norm& norm) {
+  if (const auto* x = segment.element<typename D::Element>(lane)) norm.take(D::widen(*x));
+  uint4* p = segment.vectors;
+  for (int left = segment.count; left > 0; left -= Batch::kVectors, p += Batch::kVectors) {
+    norm.template take<D>(Batch(p, lane, left));
+  }
+}
+
+template <class Norm>
+__device__ double reduce_share(const Job& job, const Entry* entries) {
+  const Share share(job.rows);
+  const int lane = threadIdx.x % kWarp;
+  Norm norm;
+  if (share.begin < share.end) {
+    for (int i = find(entries, job.entries, share.begin); i < job.entries; ++i) {
+      const Segment segment(entries, i, share);
+      with_dtype(segment.dtype, [&](auto d) { reduce<decltype(d)>(segment, lane, norm); });
+      if (end_row(entries[i]) >= share.end) break;
+    }
+  }
+  return block_norm(norm);
+}
+
+template <class Norm>
+__device__ double combine_partials(const Job& job) {
+  Norm norm;
+  // From L2: the first-level cache knows nothing of what other SMs have written.
+  for (int i = threadIdx.x; i < job.partials; i += kThreads) norm.take(__ldcg(job.results->partial_norms + i));
+  return block_norm(norm);
+}
+
+// Calls visit(Norm()) for the norm type.
+template <class Visit>
+__device__ __forceinline__ double with_norm_type(NormType type, Visit visit) {
+  switch (type) {
+    case NormType::L1:
+      return visit(L1());
+    case NormType::L2:
+      return visit(L2());
+    case NormType::Inf:
+      break;
+  }
+  return visit(Inf());
+}
+
+// ---- in place --------------------------------------------------------------------------------------------------------
+
+// Applies change(uint4&) -> whether to store to each vector of a segment, from its end to its beginning.
+template <class Change>
+__device__ __forceinline__ void change_backwards(const Segment& segment, int lane, Change change) {
+  if (segment.count <= 0) return;
+  for (int i = (segment.count - 1) / Batch::kVectors * Batch::kVectors; i >= 0; i -= Batch::kVectors) {
+    Batch batch(segment.vectors + i, lane, segment.count - i);
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) {
+      if (k < batch.count && change(batch.v[k])) batch.p[k * kWarp] = batch.v[k];
+    }
+  }
+}
+
+// Visits what a warp has of each gradient, last one first.
+template <class Visit>
+__device__ __forceinline__ void walk_backwards(const Job& job, const Entry* entries, Visit visit) {
+  const Share share(job.scale_rows);
+  if (share.begin >= share.end) return;
+  for (int i = find(entries, job.entries, share.end - 1); i >= 0; --i) {
+    visit(Segment(entries, i, share));
+    if (i == 0 || end_row(entries[i - 1]) <= share.begin) break;
+  }
+}
+
+template <class D>
+__device__ __forceinline__ void scale(const Segment& segment, int lane, double factor) {
+  using Number = typename D::Number;
+  const Number by = static_cast<Number>(factor);
+  change_backwards(segment, lane, [by](uint4& v) {
+    Number x[D::kElements];
+    D::unpack(v, x);
+#pragma unroll
+    for (int e = 0; e < D::kElements; ++e) x[e] *= by;
+    v = D::pack(x);
+    return true;
+  });
+  if (auto* x = segment.element<typename D::Element>(lane)) {
+    *x = D::narrow(static_cast<Number>(D::widen(*x)) * by);
+  }
+}
+
+__device__ void scale_share(const Job& job, const Entry* entries, double factor) {
+  walk_backwards(job, entries, [&](const Segment& segment) {
+    with_dtype(segment.dtype, [&](auto d) { scale<decltype(d)>(segment, threadIdx.x % kWarp, factor); });
+  });
+}
+
+template <class D>
+__device__ __forceinline__ void clamp(const Segment& segment, int lane, double clip_value) {
+  using Number = typename D::Number;
+  const typename D::Pattern limit = D::bits(D::narrow(clip_value));
+  const Number bound = static_cast<Number>(D::widen(D::value(limit)));
+  const auto clamped = [bound](Number x) { return x > bound ? bound : x < -bound ? -bound : x; };  // NaN stays
+  change_backwards(segment, lane, [=](uint4& v) {
+    typename D::Largest found;
+    found.take(v);
+    if (found.pattern() <= limit) return false;
+    Number x[D::kElements];
+    D::unpack(v, x);
+#pragma unroll
+    for (int e = 0; e < D::kElements; ++e) x[e] = clamped(x[e]);
+    v = D::pack(x);
+    return true;
+  });
+  if (auto* x = segment.element<typename D::Element>(lane)) {
+    if ((D::bits(*x) & D::kAbs) > limit) *x = D::narrow(clamped(static_cast<Number>(D::widen(*x))));
+  }
+}
+
+__device__ void clamp_share(const Job& job, const Entry* entries) {
+  walk_backwards(job, entries, [&](const Segment& segment) {
+    with_dtype(segment.dtype, [&](auto d) { clamp<decltype(d)>(segment, threadIdx.x % kWarp, job.clip_value); });
+  });
+}
+
+// ---- the kernel ------------------------------------------------------------------------------------------------------
+
+// For thread 0: the coefficient. Block 0 leaves the norm and the coefficient behind.
+__device__ double decide(const Job& job, double total_norm) {
+  if (job.source == Source::Coef) return job.results->coef;
+  const double returned = job.norm_is_f64 ? total_norm : static_cast<float>(total_norm);
+  // Where the user gets inf, torch's results hold: everything finite becomes 0, what was infinite NaN.
+  double coef = clip_coef(read(job.max_norm), isfinite(returned) ? total_norm : returned);
+  if (job.spare_nonfinite && !isfinite(returned)) coef = 1;
+  if (blockIdx.x == 0 && job.results) {
+    Results& results = *job.results;
+    if (job.norm_is_f64) {
+      results.norm_f64 = returned;
+    } else {
+      results.norm_f32 = static_cast<float>(returned);
+    }
+    const Factors factors(coef);
+    results.coef = coef, results.first = factors.first, results.second = factors.second;
+  }
+  return coef;
+}
+
+__device__ void run(const Job& job, const Entry* entries) {
+  if (job.task == Task::Clamp) return clamp_share(job, entries);
+
+  if (job.task != Task::Scale) {
+    const double partial = with_norm_type(
+        job.norm_type, [&](auto norm) { return reduce_share<decltype(norm)>(job, entries); });
+    if (threadIdx.x == 0) job.results->partial_norms[blockIdx.x] = partial;
+    if (job.task == Task::Reduce) return;
+    cooperative_groups::this_grid().sync();
+    if (job.task == Task::Norm && blockIdx.x != 0) return;
+  }
+
+  double total_norm = 0;
+  if (job.source == Source::PartialNorms) {
+    total_norm = with_norm_type(job.norm_type, [&](auto norm) { return combine_partials<decltype(norm)>(job); });
+  } else if (job.source == Source::TotalNorm) {
+    total_norm = read(job.total_norm);
+  }
+  __shared__ double shared_coef;
+  if (threadIdx.x == 0) shared_coef = decide(job, total_norm);
+  __syncthreads();
+  const double coef = shared_coef;
+  if (job.task == Task::Norm || !must_scale(coef)) return;
+  const Factors factors(coef);
+  scale_share(job, entries, factors.first);
+  if (factors.second != 1) scale_share(job, entries, factors.second);
+}
+
+template <class Table>
+__global__ void __launch_bounds__(kThreads, 2)
+    clip_kernel(const __grid_constant__ Job job, const __grid_constant__ Table table) {
+  run(job, table.entries);
+}
+
+}  // namespace
+}  // namespace fastclip::cuda

@@ -1,0 +1,94 @@
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include <atomic>
+#include <cmath>
+
+#include "clip_kernels.cuh"
+#include "launch.h"
+
+#if CUDART_VERSION < 12010
+#error "fastclip's CUDA part needs CUDA 12.1 or later: the table of gradients takes up to 32,764 bytes of parameters"
+#endif
+
+namespace fastclip::cuda {
+namespace {
+
+std::atomic<int> forced_blocks{0};
+std::atomic<bool> cooperative_allowed{true};
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+// Whether all blocks can be resident together, as far as can be known before the launch.
+bool fits(const void* kernel, int blocks, int device) {
+  if (!cooperative_allowed || !attribute(cudaDevAttrCooperativeLaunch, device)) return false;
+  int blocks_an_sm;
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_an_sm, kernel, kThreads, 0));
+  return blocks <= blocks_an_sm * attribute(cudaDevAttrMultiProcessorCount, device);
+}
+
+void launch_plain(const void* kernel, int blocks, void** args, cudaStream_t stream) {
+  C10_CUDA_CHECK(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), args, 0, stream));
+}
+
+void launch_kernel(const void* kernel, Job job, const void* table, int blocks, c10::cuda::CUDAStream stream) {
+  void* args[] = {&job, const_cast<void*>(table)};
+  if (job.task != Task::ReduceThenScale && job.task != Task::Norm) return launch_plain(kernel, blocks, args, stream);
+  if (fits(kernel, blocks, stream.device_index())) {
+    const cudaError_t error = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), args, 0, stream);
+    // Less room than the occupancy calculator knows of, as a share of a card under MPS has.
+    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return C10_CUDA_CHECK(error);
+    (void)cudaGetLastError();
+  }
+  // The end of a launch is a barrier as well. The same blocks, the same shares, the same order: the same bits.
+  const Task whole = job.task;
+  job.task = Task::Reduce;
+  launch_plain(kernel, blocks, args, stream);
+  job.task = Task::Scale;
+  if (whole == Task::Norm) job.scale_rows = 0;
+  launch_plain(kernel, whole == Task::Norm ? 1 : blocks, args, stream);
+}
+
+}  // namespace
+
+int blocks_for(const PackedTable& table, c10::DeviceIndex device) {
+  if (const int blocks = forced_blocks) return blocks;
+  // Enough warps for each to have a batch of rows or a gradient.
+  const int64_t warps = std::max<int64_t>(table.rows() / kRowsInFlight, table.size());
+  const int64_t busy = (warps + kWarps - 1) / kWarps;
+  // Every block reads every partial norm. From 8 MB on that is kept under 1% of the gradients' bytes:
+  // 8 * blocks^2 <= bytes / 100, 102 blocks at 8 MB.
+  const double few = std::sqrt(std::max<double>(table.bytes(), 8 << 20) / 800);
+  const int64_t most = std::min<int64_t>(attribute(cudaDevAttrMultiProcessorCount, device), static_cast<int64_t>(few));
+  return static_cast<int>(std::max<int64_t>(1, std::min(busy, most)));
+}
+
+void launch(Job job, const PackedTable& table, int blocks, c10::cuda::CUDAStream stream) {
+  const c10::cuda::CUDAGuard guard(stream.device());
+  job.entries = table.size();
+  job.rows = table.rows();
+  if (table.size() <= kFewEntries) {
+    launch_kernel(reinterpret_cast<const void*>(&clip_kernel<InlineTable<kFewEntries>>), job, table.entries(), blocks,
+                  stream);
+  } else if (table.size() <= kManyEntries) {
+    launch_kernel(reinterpret_cast<const void*>(&clip_kernel<InlineTable<kManyEntries>>), job, table.entries(), blocks,
+                  stream);
+  } else {
+    const RemoteTable remote{on_device(table, stream)};
+    launch_kernel(reinterpret_cast<const void*>(&clip_kernel<RemoteTable>), job, &remote, blocks, stream);
+  }
+}
+
+void force_blocks(int blocks) {
+  forced_blocks = blocks;
+}
+
+void allow_cooperative(bool allowed) {
+  cooperative_allowed = allowed;
+}
+
+}  // namespace fastclip::cuda

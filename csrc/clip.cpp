@@ -7,6 +7,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/TypeCast.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "clip_math.h"
@@ -40,6 +41,18 @@ std::string why_not_plain(const at::TensorImpl& tensor) {
   if (tensor.is_nested()) return "nested";
   if (tensor.device_type() != c10::DeviceType::CPU) return "device " + c10::DeviceTypeName(tensor.device_type(), true);
   return std::string("layout ") + c10::toString(keys.highestPriorityTypeId());
+}
+
+// Calls visit with contiguous copies of the parts of a tensor with gaps: the copies never take more than this.
+constexpr int64_t kPieceBytes = 1 << 19;
+
+template <class Visit>
+void for_each_piece(const at::Tensor& tensor, const Visit& visit) {
+  if (static_cast<int64_t>(tensor.nbytes()) <= kPieceBytes) return visit(tensor.contiguous());
+  const auto sizes = tensor.sizes();
+  const int64_t longest = std::max_element(sizes.begin(), sizes.end()) - sizes.begin(), half = sizes[longest] / 2;
+  for_each_piece(tensor.narrow(longest, 0, half), visit);
+  for_each_piece(tensor.narrow(longest, half, sizes[longest] - half), visit);
 }
 
 }  // namespace
@@ -94,9 +107,8 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
     return Added::Yes;
   }
   if (access_ == Access::Write) at::assert_no_internal_overlap(grad);
-  gapped_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad));
-  kept_.push_back(gapped_.back().contiguous());
-  copies_.add(kept_.back().mutable_data_ptr(), numel, dtype);
+  gapped_.push_back({at::Tensor(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad)), dtype});
+  gapped_bytes_ += numel * item_size(dtype);
   return Added::Yes;
 }
 
@@ -108,8 +120,15 @@ void Gradients::own_all() {
 }
 
 double Gradients::total_norm(NormType type) const {
-  const double dense = cpu::total_norm(dense_, type);
-  return gapped_.empty() ? dense : combine_norms(dense, cpu::total_norm(copies_, type), type);
+  double total = cpu::total_norm(dense_, type);
+  for (const Gapped& grad : gapped_) {
+    for_each_piece(grad.tensor, [&](const at::Tensor& piece) {
+      TensorTable table;
+      table.add(piece.mutable_data_ptr(), piece.numel(), grad.dtype);
+      total = combine_norms(total, cpu::total_norm(table, type), type);
+    });
+  }
+  return total;
 }
 
 double Gradients::rounded(double total_norm) const {
@@ -130,9 +149,9 @@ void Gradients::scale(double coef) {
   cpu::scale(dense_, coef);
   for (at::TensorImpl* impl : impls_) impl->bump_version();
   const Factors factors(coef);
-  for (const at::Tensor& grad : gapped_) {
-    grad.mul_(factors.first);
-    if (factors.second != 1) grad.mul_(factors.second);
+  for (const Gapped& grad : gapped_) {
+    grad.tensor.mul_(factors.first);
+    if (factors.second != 1) grad.tensor.mul_(factors.second);
   }
 }
 
@@ -141,7 +160,7 @@ void Gradients::clamp(double clip_value) {
   for (int64_t i = 0; i < dense_.size(); ++i) {
     if (dense_.slices()[i].written) impls_[i]->bump_version();
   }
-  for (const at::Tensor& grad : gapped_) grad.clamp_(-clip_value, clip_value);
+  for (const Gapped& grad : gapped_) grad.tensor.clamp_(-clip_value, clip_value);
 }
 
 void Gradients::check_clip_value(double clip_value) const {

@@ -31,7 +31,7 @@ class Gradients {
   bool none() const { return count_ == 0; }
   bool has_empty() const { return has_empty_; }
   const std::string& fallback_reason() const { return fallback_reason_; }
-  int64_t bytes() const { return dense_.bytes() + copies_.bytes(); }
+  int64_t bytes() const { return dense_.bytes() + gapped_bytes_; }
   // The promotion of the gradients' dtypes, at least float32.
   at::ScalarType norm_dtype() const { return any_double_ ? at::kDouble : at::kFloat; }
 
@@ -48,13 +48,18 @@ class Gradients {
   void check_clip_value(double clip_value) const;
 
  private:
+  struct Gapped {
+    at::Tensor tensor;
+    DType dtype;
+  };
+
   Added fall_back(std::string reason);
 
   Access access_;
   TensorTable dense_;                   // gradients that are flat memory
   std::vector<at::TensorImpl*> impls_;  // theirs, one a slice
-  TensorTable copies_;                  // contiguous copies of the gradients with gaps, for the norm
-  std::vector<at::Tensor> gapped_;      // those gradients, written through torch
+  std::vector<Gapped> gapped_;          // the others: copied in pieces for the norm, written through torch
+  int64_t gapped_bytes_ = 0;
   std::vector<at::Tensor> kept_;
   int64_t count_ = 0;
   uint8_t dtypes_ = 0;  // bit set of DType

@@ -39,7 +39,7 @@ def main() -> int:
 
     results = []
     for case in cases:
-        print(f"{case.name}: {len(case.shapes):,} tensors, {case.bytes / 1e6:,.1f} MB ...", file=sys.stderr, flush=True)
+        print(f"{case.name}: {len(case.shapes):,} tensors, {case.bytes / 1e3:,.0f} KB ...", file=sys.stderr, flush=True)
         results.append(run_case(case, seconds=0.5 if options.quick else 10, max_rounds=400))
     report = {
         "machine": {

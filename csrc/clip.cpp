@@ -7,6 +7,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/TypeCast.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "clip_math.h"
@@ -50,6 +51,25 @@ std::string why_not_plain(const at::TensorImpl& tensor) {
   if (tensor.is_nested()) return "nested";
   if (tensor.device_type() != c10::DeviceType::CPU) return "device " + c10::DeviceTypeName(tensor.device_type(), true);
   return std::string("layout ") + c10::toString(keys.highestPriorityTypeId());
+}
+
+// A factor for Tensor::mul_, which rounds a tensor to float32 for half types, but a Scalar to the half type itself.
+at::Tensor scalar_tensor(double value) {
+  at::Tensor tensor = at::detail::empty_cpu({}, at::kDouble);
+  *tensor.mutable_data_ptr<double>() = value;
+  return tensor;
+}
+
+// Calls visit with contiguous copies of the parts of a tensor with gaps: the copies never take more than this.
+constexpr int64_t kPieceBytes = 1 << 19;
+
+template <class Visit>
+void for_each_piece(const at::Tensor& tensor, const Visit& visit) {
+  if (static_cast<int64_t>(tensor.nbytes()) <= kPieceBytes) return visit(tensor.contiguous());
+  const auto sizes = tensor.sizes();
+  const int64_t longest = std::max_element(sizes.begin(), sizes.end()) - sizes.begin(), half = sizes[longest] / 2;
+  for_each_piece(tensor.narrow(longest, 0, half), visit);
+  for_each_piece(tensor.narrow(longest, half, sizes[longest] - half), visit);
 }
 
 }  // namespace
@@ -115,17 +135,14 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
     return Added::Yes;
   }
   if (access_ == Access::Write) at::assert_no_internal_overlap(grad);
-  group.gapped.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad));
-  kept_.push_back(group.gapped.back().contiguous());
-  group.copies.add(kept_.back().mutable_data_ptr(), numel, dtype);
+  group.gapped.push_back({at::Tensor(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad)), dtype});
   return Added::Yes;
 }
 
 void Gradients::own_all() {
-  for (const Group& group : groups_) {
-    kept_.reserve(kept_.size() + group.impls.size());
-    for (at::TensorImpl* impl : group.impls) {
-      kept_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(impl));
+  for (Group& group : groups_) {
+    for (; group.owned < group.impls.size(); ++group.owned) {
+      kept_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(group.impls[group.owned]));
     }
   }
 }
@@ -138,17 +155,24 @@ void Gradients::check_clip_value(double clip_value) const {
 }
 
 double total_norm(const Group& group, NormType type) {
-  const double dense = cpu::total_norm(group.dense, type);
-  return group.gapped.empty() ? dense : combine_norms(dense, cpu::total_norm(group.copies, type), type);
+  double total = cpu::total_norm(group.dense, type);
+  for (const Gapped& grad : group.gapped) {
+    for_each_piece(grad.tensor, [&](const at::Tensor& piece) {
+      TensorTable table;
+      table.add(piece.mutable_data_ptr(), piece.numel(), grad.dtype);
+      total = combine_norms(total, cpu::total_norm(table, type), type);
+    });
+  }
+  return total;
 }
 
 void scale(Group& group, double coef) {
   cpu::scale(group.dense, coef);
   for (at::TensorImpl* impl : group.impls) impl->bump_version();
   const Factors factors(coef);
-  for (const at::Tensor& grad : group.gapped) {
-    grad.mul_(factors.first);
-    if (factors.second != 1) grad.mul_(factors.second);
+  for (const Gapped& grad : group.gapped) {
+    grad.tensor.mul_(scalar_tensor(factors.first));
+    if (factors.second != 1) grad.tensor.mul_(scalar_tensor(factors.second));
   }
 }
 
@@ -157,7 +181,7 @@ void clamp(Group& group, double clip_value) {
   for (int64_t i = 0; i < group.dense.size(); ++i) {
     if (group.dense.slices()[i].written) group.impls[i]->bump_version();
   }
-  for (const at::Tensor& grad : group.gapped) grad.clamp_(-clip_value, clip_value);
+  for (const Gapped& grad : group.gapped) grad.tensor.clamp_(-clip_value, clip_value);
 }
 
 double rounded(double total_norm, at::ScalarType norm_dtype) {

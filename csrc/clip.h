@@ -21,6 +21,12 @@ struct Number {
   double here() const { return tensor.defined() ? tensor.item().toDouble() : value; }
 };
 
+// A gradient with gaps between its elements: copied for the norm, written through torch.
+struct Gapped {
+  at::Tensor tensor;
+  DType dtype;
+};
+
 // The gradients of one call that lie on one device.
 struct Group {
   explicit Group(c10::Device device) : device(device) {}
@@ -28,8 +34,8 @@ struct Group {
   c10::Device device;
   TensorTable dense;                   // gradients that are flat memory
   std::vector<at::TensorImpl*> impls;  // theirs, one a slice
-  TensorTable copies;                  // contiguous copies of the gradients with gaps, for the norm
-  std::vector<at::Tensor> gapped;      // those gradients, written through torch
+  std::vector<Gapped> gapped;          // the others
+  size_t owned = 0;                    // how many of impls are kept alive by this call
 };
 
 // The gradients of one call. add() either packs a gradient or says why it cannot be.
@@ -45,7 +51,7 @@ class Gradients {
   Added add(at::TensorImpl* grad);
   // Keeps a gradient alive that nobody else may own.
   void keep(at::Tensor grad) { kept_.push_back(std::move(grad)); }
-  // Takes a reference to every gradient: from here on the interpreter lock is not needed.
+  // Takes a reference to every gradient added so far: these no longer need the interpreter lock.
   void own_all();
 
   bool none() const { return count_ == 0; }

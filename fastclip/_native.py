@@ -26,9 +26,9 @@ def build_info() -> dict:
     """How this fastclip was built and what it uses on this machine.
 
     Returns a dict with ``version`` (of fastclip), ``torch`` (version in use), ``native`` (bool: the extension is
-    loaded), ``missing_because`` (str if it is not), ``compiler``, ``cpu_kernels`` (the instruction set chosen for this
-    processor, or by ``FASTCLIP_CPU=baseline|avx2|avx512``), ``cpu_kernels_available``, and ``threads`` (what torch
-    allows now).
+    loaded), ``missing_because`` (str if it is not), ``compiler``, ``cuda`` (the CUDA version of the GPU part, 13000 for
+    13.0, None where it was not built), ``cpu_kernels`` (the instruction set chosen for this processor, or by
+    ``FASTCLIP_CPU=baseline|avx2|avx512``), ``cpu_kernels_available``, and ``threads`` (what torch allows now).
 
     Raises:
         ValueError: ``FASTCLIP_CPU`` names an instruction set that this processor does not have.
@@ -39,6 +39,7 @@ def build_info() -> dict:
         "native": _C is not None,
         "missing_because": missing_because,
         "compiler": _C.compiler if _C else None,
+        "cuda": _C.cuda if _C else None,
         "cpu_kernels": _C.kernels() if _C else None,
         "cpu_kernels_available": _C.available_kernels() if _C else [],
         "threads": torch.get_num_threads(),

@@ -152,7 +152,7 @@ _NOT_BUILT = "extension not built"
 
 def _as_sequence(items: Tensors, argument: str) -> Tensor | list | tuple:
     """A list or tuple, or a tensor itself; any other iterable is read, once."""
-    if isinstance(items, (list, tuple, Tensor)):
+    if type(items) in (list, tuple) or isinstance(items, Tensor):
         return items
     try:
         return list(items)

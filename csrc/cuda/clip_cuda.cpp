@@ -33,17 +33,29 @@ at::Tensor view(const c10::Storage& storage, at::ScalarType dtype, size_t byte, 
   return tensor;
 }
 
+// What a call does with the gradients.
+struct Plan {
+  bool reduces, writes;
+};
+
 // One device's part of a call.
 class Part {
  public:
-  Part(Group& group, Access access)
+  Part(Group& group, Plan plan)
       : group(group),
         stream(c10::cuda::getCurrentCUDAStream(group.device.index())),
-        table_(group.dense.size() + group.copies.size()) {
+        table_(group.dense.size() + (plan.reduces ? group.gapped.size() : 0)) {
     table_.add(group.dense);
     scale_rows_ = table_.rows();
-    table_.add(group.copies);
-    if (access == Access::Write) {
+    if (plan.reduces) {
+      TensorTable copies;
+      for (const Gapped& grad : group.gapped) {
+        copies_.push_back(grad.tensor.contiguous());
+        copies.add(copies_.back().mutable_data_ptr(), copies_.back().numel(), grad.dtype);
+      }
+      table_.add(copies);
+    }
+    if (plan.writes) {
       for (const TensorTable& round : rounds_without_overlaps(group.dense)) {
         rounds_.emplace_back(round.size()).add(round);
       }
@@ -52,7 +64,8 @@ class Part {
   }
 
   int partials() const { return blocks_; }
-  // Whether scaling leaves behind results that later steps need: with only a norm given, they have no room of their own.
+  // Whether scaling leaves behind results that later steps need: with only a norm given, they have no room of their
+  // own.
   bool needs_results() const { return !group.gapped.empty() || !rounds_.empty(); }
 
   // Makes room for the results: the partial norms of this device, and of others behind them.
@@ -123,7 +136,14 @@ class Part {
     if (group.gapped.empty()) return;
     const at::Tensor first = view(storage_, at::kDouble, offsetof(Results, first), {});
     const at::Tensor second = view(storage_, at::kDouble, offsetof(Results, second), {});
-    for (const at::Tensor& grad : group.gapped) grad.mul_(first).mul_(second);
+    for (const Gapped& grad : group.gapped) {
+      if (c10::elementSize(grad.tensor.scalar_type()) ==
+          2) {  // mul_ would round a factor on the device to 8 or 11 bits
+        grad.tensor.copy_(grad.tensor.to(at::kFloat).mul_(first).mul_(second));
+      } else {
+        grad.tensor.mul_(first).mul_(second);
+      }
+    }
   }
 
   void clamp(double clip_value) const {
@@ -136,15 +156,16 @@ class Part {
       launch(job, round, blocks_for(round, group.device.index()), stream);
     }
     for (at::TensorImpl* impl : group.impls) impl->bump_version();
-    for (const at::Tensor& grad : group.gapped) grad.clamp_(-clip_value, clip_value);
+    for (const Gapped& grad : group.gapped) grad.tensor.clamp_(-clip_value, clip_value);
   }
 
   Group& group;
   const c10::cuda::CUDAStream stream;
 
  private:
-  PackedTable table_;     // flat memory, then the copies of gradients with gaps
-  int64_t scale_rows_;    // of the flat memory
+  PackedTable table_;               // flat memory, then the copies of gradients with gaps
+  std::vector<at::Tensor> copies_;  // those copies
+  int64_t scale_rows_;              // of the flat memory
   std::vector<PackedTable> rounds_;
   int blocks_ = 1, all_partials_ = 0;
   c10::Storage storage_;  // Results
@@ -152,13 +173,13 @@ class Part {
 
 // All devices of a call.
 struct Call {
-  Call(Gradients& grads, Access access) : dtype(grads.norm_dtype()) {
+  Call(Gradients& grads, Plan plan) : dtype(grads.norm_dtype()) {
     parts.reserve(grads.groups().size());
     for (Group& group : grads.groups()) {
       if (group.device.is_cpu()) {
         cpu = &group;
       } else {
-        parts.emplace_back(group, access);
+        parts.emplace_back(group, plan);
       }
     }
     host_leads = grads.groups().front().device.is_cpu();
@@ -242,7 +263,7 @@ Job norm_job(Call& call, NormType type) {
 }  // namespace
 
 at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite) {
-  Call call(grads, Access::Read);
+  Call call(grads, {.reduces = true, .writes = false});
   at::Tensor norm;
   if (call.host_leads) {
     norm = norm_tensor(call.norm_here(type), call.dtype);
@@ -281,7 +302,7 @@ static at::Tensor clip_led_by_host(Call& call, double max_norm, NormType type, b
 }
 
 at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite) {
-  Call call(grads, Access::Write);
+  Call call(grads, {.reduces = true, .writes = true});
   if (call.host_leads) return clip_led_by_host(call, max_norm.here(), type, error_if_nonfinite);
 
   std::vector<at::Tensor> kept;
@@ -298,7 +319,7 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
 }
 
 void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm) {
-  Call call(grads, Access::Write);
+  Call call(grads, {.reduces = false, .writes = true});
   std::vector<at::Tensor> kept;
   for (Part& part : call.parts) {
     if (part.needs_results()) part.allocate();
@@ -316,7 +337,7 @@ void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number
 }
 
 void clip_grad_value(Gradients& grads, double clip_value) {
-  Call call(grads, Access::Write);
+  Call call(grads, {.reduces = false, .writes = true});
   for (const Part& part : call.parts) part.clamp(clip_value);
   if (call.cpu) clamp(*call.cpu, clip_value);
 }

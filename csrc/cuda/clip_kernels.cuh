@@ -28,7 +28,8 @@ __device__ __forceinline__ T greater(T a, T b) {
   return a < b ? b : a;
 }
 
-// ---- dtypes ----------------------------------------------------------------------------------------------------------
+// ---- dtypes
+// ----------------------------------------------------------------------------------------------------------
 
 // Each dtype says how a 16-byte vector becomes numbers and back, and what the largest absolute value in it is, as a
 // bit pattern: as integers NaN is above inf and inf above every number.
@@ -174,7 +175,8 @@ __device__ double read(const Operand& operand) {
   return value;
 }
 
-// ---- norms -----------------------------------------------------------------------------------------------------------
+// ---- norms
+// -----------------------------------------------------------------------------------------------------------
 
 // Up to 6 rows of a gradient, of which a lane has a vector each: loaded at once, then used.
 struct Batch {
@@ -342,7 +344,8 @@ __device__ double block_norm(Norm mine) {
   return total.norm();
 }
 
-// ---- shares ----------------------------------------------------------------------------------------------------------
+// ---- shares
+// ----------------------------------------------------------------------------------------------------------
 
 // The contiguous rows [begin, end) of a warp.
 struct Share {
@@ -410,7 +413,7 @@ struct Segment {
     const bool in_tail = lane >= kMost;
     const int offset = (in_tail ? lane - kMost : lane) * static_cast<int>(sizeof(Element));
     return offset < (in_tail ? tail_size : head_size) ? reinterpret_cast<Element*>((in_tail ? tail : head) + offset)
-                                                       : nullptr;
+                                                      : nullptr;
   }
 };
 
@@ -460,7 +463,8 @@ __device__ __forceinline__ double with_norm_type(NormType type, Visit visit) {
   return visit(Inf());
 }
 
-// ---- in place --------------------------------------------------------------------------------------------------------
+// ---- in place
+// --------------------------------------------------------------------------------------------------------
 
 // Applies change(uint4&) -> whether to store to each vector of a segment, from its end to its beginning.
 template <class Change>
@@ -537,7 +541,8 @@ __device__ void clamp_share(const Job& job, const Entry* entries) {
   });
 }
 
-// ---- the kernel ------------------------------------------------------------------------------------------------------
+// ---- the kernel
+// ------------------------------------------------------------------------------------------------------
 
 // For thread 0: the coefficient. Block 0 leaves the norm and the coefficient behind.
 __device__ double decide(const Job& job, double total_norm) {
@@ -563,8 +568,8 @@ __device__ void run(const Job& job, const Entry* entries) {
   if (job.task == Task::Clamp) return clamp_share(job, entries);
 
   if (job.task != Task::Scale) {
-    const double partial = with_norm_type(
-        job.norm_type, [&](auto norm) { return reduce_share<decltype(norm)>(job, entries); });
+    const double partial =
+        with_norm_type(job.norm_type, [&](auto norm) { return reduce_share<decltype(norm)>(job, entries); });
     if (threadIdx.x == 0) job.results->partial_norms[blockIdx.x] = partial;
     if (job.task == Task::Reduce) return;
     cooperative_groups::this_grid().sync();

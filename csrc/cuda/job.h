@@ -49,8 +49,8 @@ struct Results {
     float norm_f32;
     double norm_f64;
   };
-  double coef;            // the clip coefficient, and
-  double first, second;   // the factors that it is applied as, see Factors
+  double coef;              // the clip coefficient, and
+  double first, second;     // the factors that it is applied as, see Factors
   double partial_norms[1];  // one a block, in the order of the shares
 
   // Shares are contiguous. So when later a result for every (block, gradient) pair is wanted, block + gradient numbers

@@ -41,7 +41,10 @@ void launch_kernel(const void* kernel, Job job, const void* table, int blocks, c
   if (fits(kernel, blocks, stream.device_index())) {
     const cudaError_t error = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), args, 0, stream);
     // Less room than the occupancy calculator knows of, as a share of a card under MPS has.
-    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return C10_CUDA_CHECK(error);
+    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) {
+      C10_CUDA_CHECK(error);
+      return;
+    }
     (void)cudaGetLastError();
   }
   // The end of a launch is a barrier as well. The same blocks, the same shares, the same order: the same bits.

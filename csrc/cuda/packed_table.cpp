@@ -27,11 +27,12 @@ void PackedTable::add(const Slice& slice) {
   rows_ += rows;
   bytes_ += slice.bytes;
   const uint64_t slack = rows * kRowBytes + kSlackBias - slice.bytes;
-  entries_[size_++] = {slice.data, static_cast<uint64_t>(rows_) << kRowShift | slack << kDTypeBits |
-                                       static_cast<uint64_t>(slice.dtype)};
+  entries_[size_++] = {
+      slice.data, static_cast<uint64_t>(rows_) << kRowShift | slack << kDTypeBits | static_cast<uint64_t>(slice.dtype)};
 }
 
-// ---- on the device ---------------------------------------------------------------------------------------------------
+// ---- on the device
+// ---------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -52,7 +53,7 @@ struct Copy {
   size_t capacity;
 };
 
-constexpr size_t kCopies = 8;        // in all
+constexpr size_t kCopies = 8;         // in all
 constexpr size_t kCopiesAStream = 2;  // two models that take turns
 
 std::mutex mutex;  // guards the two lists, which are never destroyed: CUDA may be gone before they are
@@ -139,7 +140,8 @@ const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
   return static_cast<const Entry*>(copy.memory.get());
 }
 
-// ---- overlaps --------------------------------------------------------------------------------------------------------
+// ---- overlaps
+// --------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -177,7 +179,8 @@ std::vector<TensorTable> rounds_without_overlaps(const TensorTable& table) {
   std::vector<int64_t> order(table.size());
   std::iota(order.begin(), order.end(), 0);
   const Slice* slices = table.slices();
-  std::stable_sort(order.begin(), order.end(), [slices](int64_t a, int64_t b) { return slices[a].data < slices[b].data; });
+  std::stable_sort(order.begin(), order.end(),
+                   [slices](int64_t a, int64_t b) { return slices[a].data < slices[b].data; });
   std::vector<TensorTable> rounds;
   std::vector<const char*> ends;
   for (const int64_t i : order) {

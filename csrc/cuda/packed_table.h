@@ -1,4 +1,5 @@
-// A table of gradients as the kernels read it: packed, and where it is too long for a launch's parameters, on the device.
+// A table of gradients as the kernels read it: packed, and where it is too long for a launch's parameters, on the
+// device.
 #pragma once
 
 #include <c10/cuda/CUDAStream.h>

@@ -23,7 +23,7 @@ def check_clip(grads, max_norm, norm_type=2, value=None):
     got = fastclip.clip_grad_norm_(parameters_of(grads), max_norm if value is None else value, norm_type)
     check_norm(got, before, norm_type)
     coef = coefficient(max_norm, total_norm(before, norm_type))
-    for after, was in zip(grads, before, strict=True):
+    for after, was in zip(on_host(grads), before, strict=True):
         check_scaled(after, was, coef)
         if coef == 1:
             assert torch.equal(after.cpu(), was)

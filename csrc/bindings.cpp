@@ -111,7 +111,6 @@ void fetch_ahead(PyObject* const* next, Py_ssize_t left, Items items) {
 // can handle.
 void collect(Gradients& grads, PyObject* list, Items items) {
   const bool sequence = PyList_Check(list) || PyTuple_Check(list);
-  bool only_exact_types = true;
   // The size is asked for anew each time: reading an attribute may run code that changes the list.
   for (Py_ssize_t i = 0; i < (sequence ? PySequence_Fast_GET_SIZE(list) : 1); ++i) {
     PyObject* item = sequence ? PySequence_Fast_GET_ITEM(list, i) : list;
@@ -129,9 +128,7 @@ void collect(Gradients& grads, PyObject* list, Items items) {
         }
       }
     } else {
-      // Foreign code may drop gradients that were read before.
-      if (only_exact_types) grads.own_all();
-      only_exact_types = false;
+      grads.own_all();  // foreign code may drop gradients that were read before
       add_by_attribute(grads, item, items, i);
     }
     if (!grads.fallback_reason().empty()) return;

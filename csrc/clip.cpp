@@ -43,6 +43,13 @@ std::string why_not_plain(const at::TensorImpl& tensor) {
   return std::string("layout ") + c10::toString(keys.highestPriorityTypeId());
 }
 
+// A factor for Tensor::mul_, which rounds a tensor to float32 for half types, but a Scalar to the half type itself.
+at::Tensor scalar_tensor(double value) {
+  at::Tensor tensor = at::detail::empty_cpu({}, at::kDouble);
+  *tensor.mutable_data_ptr<double>() = value;
+  return tensor;
+}
+
 // Calls visit with contiguous copies of the parts of a tensor with gaps: the copies never take more than this.
 constexpr int64_t kPieceBytes = 1 << 19;
 
@@ -113,9 +120,8 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
 }
 
 void Gradients::own_all() {
-  kept_.reserve(kept_.size() + impls_.size());
-  for (at::TensorImpl* impl : impls_) {
-    kept_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(impl));
+  for (; owned_ < impls_.size(); ++owned_) {
+    kept_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(impls_[owned_]));
   }
 }
 
@@ -150,8 +156,8 @@ void Gradients::scale(double coef) {
   for (at::TensorImpl* impl : impls_) impl->bump_version();
   const Factors factors(coef);
   for (const Gapped& grad : gapped_) {
-    grad.tensor.mul_(factors.first);
-    if (factors.second != 1) grad.tensor.mul_(factors.second);
+    grad.tensor.mul_(scalar_tensor(factors.first));
+    if (factors.second != 1) grad.tensor.mul_(scalar_tensor(factors.second));
   }
 }
 

@@ -25,7 +25,7 @@ class Gradients {
   Added add(at::TensorImpl* grad);
   // Keeps a gradient alive that nobody else may own.
   void keep(at::Tensor grad) { kept_.push_back(std::move(grad)); }
-  // Takes a reference to every gradient: from here on the interpreter lock is not needed.
+  // Takes a reference to every gradient added so far: these no longer need the interpreter lock.
   void own_all();
 
   bool none() const { return count_ == 0; }
@@ -61,6 +61,7 @@ class Gradients {
   std::vector<Gapped> gapped_;          // the others: copied in pieces for the norm, written through torch
   int64_t gapped_bytes_ = 0;
   std::vector<at::Tensor> kept_;
+  size_t owned_ = 0;  // how many of impls_ are kept
   int64_t count_ = 0;
   uint8_t dtypes_ = 0;  // bit set of DType
   bool any_double_ = false;

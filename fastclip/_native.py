@@ -20,6 +20,7 @@ except ImportError as error:
     )
 else:
     missing_because = None
+    _C.kernels()  # chosen here, once: a FASTCLIP_CPU that names no instruction set of this processor ends the import
 
 
 def build_info() -> dict:
@@ -29,9 +30,6 @@ def build_info() -> dict:
     loaded), ``missing_because`` (str if it is not), ``compiler``, ``cpu_kernels`` (the instruction set chosen for this
     processor, or by ``FASTCLIP_CPU=baseline|avx2|avx512``), ``cpu_kernels_available``, and ``threads`` (what torch
     allows now).
-
-    Raises:
-        ValueError: ``FASTCLIP_CPU`` names an instruction set that this processor does not have.
     """
     return {
         "version": __version__,

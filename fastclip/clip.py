@@ -141,7 +141,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         reason = _C.clip_grad_value_(parameters, clip_value)
         if reason is None:
             return
-    elif not isinstance(parameters, Tensor) and all(p.grad is None for p in parameters):
+    elif all(p.grad is None for p in ([parameters] if isinstance(parameters, Tensor) else parameters)):
         return
     count_fallback(reason)
     torch_utils.clip_grad_value_(parameters, clip_value, foreach)

@@ -1,5 +1,6 @@
 """Finds the compiled extension, and says why it is missing."""
 
+import importlib
 import warnings
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from fastclip._version import __version__
 
 try:
-    from fastclip import _C
+    _C = importlib.import_module("fastclip._C")
 except ImportError as error:
     _C = None
     missing_because = str(error)

@@ -1,9 +1,12 @@
 """Gradient clipping for PyTorch at the speed of memory: a drop-in for ``torch.nn.utils.clip_grad_norm_``."""
 
+import os
+
 from fastclip._native import build_info
 from fastclip._version import __version__
 from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from fastclip.counters import counters, reset_counters
+from fastclip.patching import is_patched, patch, patched, unpatch
 
 __all__ = [
     "__version__",
@@ -13,5 +16,12 @@ __all__ = [
     "clip_grads_with_norm_",
     "counters",
     "get_total_norm",
+    "is_patched",
+    "patch",
+    "patched",
     "reset_counters",
+    "unpatch",
 ]
+
+if os.environ.get("FASTCLIP_AUTOPATCH") == "1":
+    patch()

@@ -1,5 +1,6 @@
 """Finds the compiled extension, and says why it is missing."""
 
+import importlib
 import warnings
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from fastclip._version import __version__
 
 try:
-    from fastclip import _C
+    _C = importlib.import_module("fastclip._C")
 except ImportError as error:
     _C = None
     missing_because = str(error)
@@ -20,6 +21,7 @@ except ImportError as error:
     )
 else:
     missing_because = None
+    _C.kernels()  # chosen here, once: a FASTCLIP_CPU that names no instruction set of this processor ends the import
 
 
 def build_info() -> dict:
@@ -29,9 +31,6 @@ def build_info() -> dict:
     loaded), ``missing_because`` (str if it is not), ``compiler``, ``cuda`` (the CUDA version of the GPU part, 13000 for
     13.0, None where it was not built), ``cpu_kernels`` (the instruction set chosen for this processor, or by
     ``FASTCLIP_CPU=baseline|avx2|avx512``), ``cpu_kernels_available``, and ``threads`` (what torch allows now).
-
-    Raises:
-        ValueError: ``FASTCLIP_CPU`` names an instruction set that this processor does not have.
     """
     return {
         "version": __version__,

@@ -1,13 +1,14 @@
 """The four clipping functions of ``torch.nn.utils``: arguments, and the choice between native code and torch."""
 
+import sys
 import types
 import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn import utils as torch_utils
 
+from fastclip import _torch_functions
 from fastclip._native import _C
 from fastclip.counters import count_fallback
 
@@ -45,7 +46,7 @@ def get_total_norm(
             return result
         reason = result
     count_fallback(reason)
-    return torch_utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+    return _torch_functions.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
 
 
 def clip_grad_norm_(
@@ -82,7 +83,9 @@ def clip_grad_norm_(
     given = parameters
     parameters = _as_sequence(parameters, "parameters")
     if not len(parameters) and isinstance(given, types.GeneratorType):
-        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=_level_of_caller()
+        )
     reason = _NOT_BUILT
     if _C:
         result = _C.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
@@ -92,7 +95,7 @@ def clip_grad_norm_(
             return result
         reason = result
     count_fallback(reason)
-    return torch_utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
 def clip_grads_with_norm_(
@@ -116,7 +119,7 @@ def clip_grads_with_norm_(
         if reason is None:
             return
     count_fallback(reason)
-    torch_utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+    _torch_functions.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
 
 
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
@@ -141,13 +144,21 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         reason = _C.clip_grad_value_(parameters, clip_value)
         if reason is None:
             return
-    elif not isinstance(parameters, Tensor) and all(p.grad is None for p in parameters):
+    elif all(p.grad is None for p in ([parameters] if isinstance(parameters, Tensor) else parameters)):
         return
     count_fallback(reason)
-    torch_utils.clip_grad_value_(parameters, clip_value, foreach)
+    _torch_functions.clip_grad_value_(parameters, clip_value, foreach)
 
 
 _NOT_BUILT = "extension not built"
+
+
+def _level_of_caller() -> int:
+    """How far up the stack, in the sense of warnings.warn, the caller is: past fastclip's and torch's own wrappers."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastclip.", "torch.nn.utils.clip_grad")):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _as_sequence(items: Tensors, argument: str) -> Tensor | list | tuple:

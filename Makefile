@@ -1,5 +1,6 @@
 # make test    sets up what is missing, builds, runs the tests
 # make bench   the same, then measures fastclip against torch
+# make gpu     builds for the card at hand, tests over CUDA, compute-sanitizer, benchmark (PYTHON: one with torch)
 # make lint    ruff and clang-format, without changing anything
 #
 # PYTHON=…     the Python to start from (python3)
@@ -14,12 +15,15 @@ export TORCH
 PREPARED = py="$$($(PYTHON) tools/prepare.py)" && "$$py" -m
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: test bench lint
+.PHONY: test bench gpu lint
 test:
 	@$(PREPARED) pytest $(ARGS)
 
 bench:
 	@$(PREPARED) benchmarks $(ARGS)
+
+gpu:
+	@PYTHON=$(PYTHON) tools/gpu.sh $(ARGS)
 
 lint:
 	@$(PREPARED) ruff check .

@@ -1,9 +1,9 @@
-"""Prints what the CUDA compiler made of the kernels: registers, spills, occupancy, instructions per element; no GPU needed.
+"""Prints what the CUDA compiler made of the kernels: registers, spills, occupancy, instructions. No GPU needed.
 
     python tools/kernel_report.py [--check]
 
-For each architecture: the resources of every kernel; the loops of the largest one that load 16 bytes a lane; and the hot
-loop of every dtype and task, compiled alone. At the end a roofline for three cards, from bytes, bandwidth and launch
+For each architecture: the resources of every kernel; the loops of one that load 16 bytes a lane; and the hot loop of
+every dtype and task, compiled alone. At the end a roofline for three cards, from bytes, bandwidth and launch
 latency alone: it is *predicted*, not measured. --check fails on a spill, on local memory, and on more than 6 lane
 instructions an element in a loop over bfloat16.
 """

@@ -28,8 +28,23 @@ __device__ __forceinline__ T greater(T a, T b) {
   return a < b ? b : a;
 }
 
-// ---- dtypes
-// ----------------------------------------------------------------------------------------------------------
+// ---- dtypes ----
+
+// x limited to [-bound, bound]; NaN stays NaN.
+template <class T>
+__device__ __forceinline__ T clamp_number(T x, T bound) {
+  return x > bound ? bound : x < -bound ? -bound : x;
+}
+
+// The same for all elements of a vector.
+template <class D>
+__device__ __forceinline__ uint4 clamp_elements(uint4 v, typename D::Element bound) {
+  typename D::Number x[D::kElements];
+  D::unpack(v, x);
+#pragma unroll
+  for (int e = 0; e < D::kElements; ++e) x[e] = clamp_number(x[e], bound);
+  return D::pack(x);
+}
 
 // Each dtype says how a 16-byte vector becomes numbers and back, and what the largest absolute value in it is, as a
 // bit pattern: as integers NaN is above inf and inf above every number.
@@ -47,6 +62,7 @@ struct F32 {
   static __device__ uint4 pack(const float (&x)[4]) {
     return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
   }
+  static __device__ uint4 clamp(uint4 v, float bound) { return clamp_elements<F32>(v, bound); }
   static __device__ double widen(float x) { return x; }
   static __device__ float narrow(double x) { return static_cast<float>(x); }
   static __device__ Pattern bits(float x) { return __float_as_uint(x); }
@@ -83,6 +99,12 @@ struct SixteenBit {
   static __device__ uint4 pack(const float (&x)[8]) {
     return make_uint4(D::pack_pair(x), D::pack_pair(x + 2), D::pack_pair(x + 4), D::pack_pair(x + 6));
   }
+  // Two elements an instruction; NaN stays NaN.
+  template <class Element>
+  static __device__ uint4 clamp(uint4 v, Element bound) {
+    return make_uint4(D::clamp_pair(v.x, bound), D::clamp_pair(v.y, bound), D::clamp_pair(v.z, bound),
+                      D::clamp_pair(v.w, bound));
+  }
 };
 
 struct F16 : SixteenBit<F16> {
@@ -95,6 +117,11 @@ struct F16 : SixteenBit<F16> {
   }
   static __device__ uint32_t pack_pair(const float* x) {
     const __half2 pair = __floats2half2_rn(x[0], x[1]);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ uint32_t clamp_pair(uint32_t word, __half bound) {
+    const __half2 high = __half2half2(bound), low = __hneg2(high);
+    const __half2 pair = __hmin2_nan(__hmax2_nan(*reinterpret_cast<const __half2*>(&word), low), high);
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
   static __device__ double widen(__half x) { return __half2float(x); }
@@ -113,6 +140,11 @@ struct BF16 : SixteenBit<BF16> {
   }
   static __device__ uint32_t pack_pair(const float* x) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ uint32_t clamp_pair(uint32_t word, __nv_bfloat16 bound) {
+    const __nv_bfloat162 high = __bfloat162bfloat162(bound), low = __hneg2(high);
+    const __nv_bfloat162 pair = __hmin2_nan(__hmax2_nan(*reinterpret_cast<const __nv_bfloat162*>(&word), low), high);
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
   static __device__ double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -134,6 +166,7 @@ struct F64 {
   static __device__ uint4 pack(const double (&x)[2]) {
     return make_uint4(__double2loint(x[0]), __double2hiint(x[0]), __double2loint(x[1]), __double2hiint(x[1]));
   }
+  static __device__ uint4 clamp(uint4 v, double bound) { return clamp_elements<F64>(v, bound); }
   static __device__ double widen(double x) { return x; }
   static __device__ double narrow(double x) { return x; }
   static __device__ Pattern bits(double x) { return __double_as_longlong(x); }
@@ -175,8 +208,7 @@ __device__ double read(const Operand& operand) {
   return value;
 }
 
-// ---- norms
-// -----------------------------------------------------------------------------------------------------------
+// ---- norms ----
 
 // Up to 6 rows of a gradient, of which a lane has a vector each: loaded at once, then used.
 struct Batch {
@@ -344,8 +376,7 @@ __device__ double block_norm(Norm mine) {
   return total.norm();
 }
 
-// ---- shares
-// ----------------------------------------------------------------------------------------------------------
+// ---- shares ----
 
 // The contiguous rows [begin, end) of a warp.
 struct Share {
@@ -463,8 +494,7 @@ __device__ __forceinline__ double with_norm_type(NormType type, Visit visit) {
   return visit(Inf());
 }
 
-// ---- in place
-// --------------------------------------------------------------------------------------------------------
+// ---- in place ----
 
 // Applies change(uint4&) -> whether to store to each vector of a segment, from its end to its beginning.
 template <class Change>
@@ -516,22 +546,18 @@ __device__ void scale_share(const Job& job, const Entry* entries, double factor)
 template <class D>
 __device__ __forceinline__ void clamp(const Segment& segment, int lane, double clip_value) {
   using Number = typename D::Number;
-  const typename D::Pattern limit = D::bits(D::narrow(clip_value));
-  const Number bound = static_cast<Number>(D::widen(D::value(limit)));
-  const auto clamped = [bound](Number x) { return x > bound ? bound : x < -bound ? -bound : x; };  // NaN stays
+  const typename D::Element bound = D::narrow(clip_value);
+  const typename D::Pattern limit = D::bits(bound);
   change_backwards(segment, lane, [=](uint4& v) {
     typename D::Largest found;
     found.take(v);
     if (found.pattern() <= limit) return false;
-    Number x[D::kElements];
-    D::unpack(v, x);
-#pragma unroll
-    for (int e = 0; e < D::kElements; ++e) x[e] = clamped(x[e]);
-    v = D::pack(x);
+    v = D::clamp(v, bound);
     return true;
   });
   if (auto* x = segment.element<typename D::Element>(lane)) {
-    if ((D::bits(*x) & D::kAbs) > limit) *x = D::narrow(clamped(static_cast<Number>(D::widen(*x))));
+    const Number number = static_cast<Number>(D::widen(*x)), most = static_cast<Number>(D::widen(bound));
+    if ((D::bits(*x) & D::kAbs) > limit) *x = D::narrow(clamp_number(number, most));
   }
 }
 
@@ -541,8 +567,7 @@ __device__ void clamp_share(const Job& job, const Entry* entries) {
   });
 }
 
-// ---- the kernel
-// ------------------------------------------------------------------------------------------------------
+// ---- the kernel ----
 
 // For thread 0: the coefficient. Block 0 leaves the norm and the coefficient behind.
 __device__ double decide(const Job& job, double total_norm) {

@@ -31,8 +31,7 @@ void PackedTable::add(const Slice& slice) {
       slice.data, static_cast<uint64_t>(rows_) << kRowShift | slack << kDTypeBits | static_cast<uint64_t>(slice.dtype)};
 }
 
-// ---- on the device
-// ---------------------------------------------------------------------------------------------------
+// ---- on the device ----
 
 namespace {
 
@@ -140,8 +139,7 @@ const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
   return static_cast<const Entry*>(copy.memory.get());
 }
 
-// ---- overlaps
-// --------------------------------------------------------------------------------------------------------
+// ---- overlaps ----
 
 namespace {
 

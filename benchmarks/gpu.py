@@ -57,7 +57,9 @@ def rivals(parameters: list, threshold: float) -> tuple[dict[str, Callable], dic
             g.mul_(coef)
         return norm
 
-    if len(grads) <= 200:  # beyond that compiling takes minutes
+    if not is_a_card():
+        absent["torch.compile"] = "its kernels are machine code, which an emulated device does not run"
+    elif len(grads) <= 200:  # beyond that compiling takes minutes
         compiled = torch.compile(flat_clip)
         found["torch.compile"] = lambda: compiled(grads)
     else:

@@ -1,5 +1,6 @@
 // The module fastclip._C: Python arguments in, tensors and errors out. The only file with binding headers.
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -67,7 +68,12 @@ Number to_number(py::handle object, const char* argument) {
 }
 
 void add(Gradients& grads, at::TensorImpl* grad, Items items, Py_ssize_t index) {
-  if (grads.add(grad) != Gradients::Added::NotFloating) return;
+  const auto added = grads.add(grad);
+  if (added == Gradients::Added::NoMemory) {
+    raise(PyExc_RuntimeError, at_index(items, index) + ": expected a gradient with memory for its elements, got " +
+                                  std::to_string(grad->unsafe_storage().nbytes()) + " bytes of storage");
+  }
+  if (added != Gradients::Added::NotFloating) return;
   const at::Tensor tensor(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad));
   const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
   raise(PyExc_TypeError, at_index(items, index) + ": expected a floating-point gradient, got " +
@@ -76,7 +82,8 @@ void add(Gradients& grads, at::TensorImpl* grad, Items items, Py_ssize_t index) 
 
 // Adds the gradient of an object of any type, as Python code would read it.
 void add_by_attribute(Gradients& grads, PyObject* item, Items items, Py_ssize_t index) {
-  auto object = py::reinterpret_borrow<py::object>(item);
+  const auto owner = py::reinterpret_borrow<py::object>(item);  // the list may lose it while its attribute is read
+  py::object object = owner;
   if (items == Items::Parameters) {
     object = py::reinterpret_steal<py::object>(PyObject_GetAttrString(item, "grad"));
     if (!object) {
@@ -122,8 +129,7 @@ void fetch_ahead(PyObject* const* next, Py_ssize_t left, Items items) {
   if (at::TensorImpl* impl = grad(kStage)) fetch(impl->unsafe_storage().unsafeGetStorageImpl(), 1);
 }
 
-// Reads all gradients of `list`, which is a list, a tuple or a single tensor. Stops at the first one that only torch
-// can handle.
+// Reads all gradients of `list`, which is a list, a tuple or a single tensor.
 void collect(Gradients& grads, PyObject* list, Items items) {
   const bool sequence = PyList_Check(list) || PyTuple_Check(list);
   // The size is asked for anew each time: reading an attribute may run code that changes the list.
@@ -146,7 +152,6 @@ void collect(Gradients& grads, PyObject* list, Items items) {
       grads.own_all();  // foreign code may drop gradients that were read before
       add_by_attribute(grads, item, items, i);
     }
-    if (!grads.fallback_reason().empty()) return;
   }
 }
 
@@ -165,6 +170,7 @@ size_t expected_size(py::handle list) {
 template <class Work>
 auto run(Gradients& grads, Work work) {
   native_calls.fetch_add(1, std::memory_order_relaxed);
+  const at::NoGradGuard no_grad;  // gradients with gaps are written by torch's own operations
   if (grads.bytes() < cpu::kSmallBytes && grads.only_on_cpu()) return work();
   grads.own_all();
   const py::gil_scoped_release release;

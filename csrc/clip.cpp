@@ -3,7 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/DispatchKeySet.h>
-#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/TypeCast.h>
 
@@ -53,6 +53,14 @@ std::string why_not_plain(const at::TensorImpl& tensor) {
   return std::string("layout ") + c10::toString(keys.highestPriorityTypeId());
 }
 
+// Who would see torch's operations, but not ours: then torch has to do the call. Null if there is nobody.
+const char* torch_is_watched() {
+  if (c10::impl::dispatch_mode_enabled()) return "dispatch mode";
+  if (c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode)) return "functorch";
+  if (c10::impl::tls_is_dispatch_key_included(DispatchKey::Tracer)) return "tracing";
+  return nullptr;
+}
+
 // A factor for Tensor::mul_, which rounds a tensor to float32 for half types, but a Scalar to the half type itself.
 at::Tensor scalar_tensor(double value) {
   at::Tensor tensor = at::detail::empty_cpu({}, at::kDouble);
@@ -89,12 +97,14 @@ Group& Gradients::group_on(c10::Device device) {
 }
 
 Gradients::Added Gradients::fall_back(std::string reason) {
-  fallback_reason_ = std::move(reason);
+  if (fallback_reason_.empty()) fallback_reason_ = std::move(reason);
   return Added::Fallback;
 }
 
 Gradients::Added Gradients::add(at::TensorImpl* grad) {
-  if (count_++ == 0 && c10::impl::dispatch_mode_enabled()) return fall_back("dispatch mode");
+  if (count_++ == 0) {
+    if (const char* mode = torch_is_watched()) fall_back(mode);
+  }
   if (!is_plain(*grad)) return fall_back(why_not_plain(*grad));
   DType dtype;
   const at::ScalarType scalar_type = grad->dtype().toScalarType();
@@ -128,7 +138,10 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
     return Added::Yes;
   }
   bytes_ += numel * item_size(dtype);
+  const auto offset = static_cast<size_t>(grad->storage_offset());
+  if (grad->unsafe_storage().nbytes() < (offset + 1) * item_size(dtype)) return Added::NoMemory;
   if (grad->is_non_overlapping_and_dense()) {
+    if (grad->unsafe_storage().nbytes() < (offset + numel) * item_size(dtype)) return Added::NoMemory;
     void* data = access_ == Access::Write ? grad->mutable_data() : const_cast<void*>(grad->data());
     group.dense.add(data, numel, dtype);
     group.impls.push_back(grad);
@@ -142,7 +155,9 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
 void Gradients::own_all() {
   for (Group& group : groups_) {
     for (; group.owned < group.impls.size(); ++group.owned) {
-      kept_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(group.impls[group.owned]));
+      at::TensorImpl* impl = group.impls[group.owned];
+      kept_.emplace_back(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(impl));
+      kept_memory_.push_back(impl->unsafe_storage());
     }
   }
 }
@@ -243,7 +258,6 @@ void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number
 }
 
 void clip_grad_value(Gradients& grads, double clip_value) {
-  grads.check_clip_value(clip_value);
 #ifdef FASTCLIP_CUDA
   if (!grads.only_on_cpu()) return cuda::clip_grad_value(grads, clip_value);
 #endif

@@ -41,17 +41,19 @@ struct Group {
 // The gradients of one call. add() either packs a gradient or says why it cannot be.
 class Gradients {
  public:
-  enum class Added { Yes, Fallback, NotFloating };
+  enum class Added { Yes, Fallback, NotFloating, NoMemory };
 
   Gradients(Access access, size_t expected);
 
   // Packs a gradient. The caller keeps it alive until own_all(), or until the end of the call.
-  // Fallback: torch has to do this call, fallback_reason() says why. NotFloating: an integer or bool gradient.
+  // Fallback: torch has to do this call, fallback_reason() says why. Adding more is still worth it: what is wrong with
+  // them shows before torch has changed anything. NotFloating: an integer or bool gradient. NoMemory: its storage has
+  // been resized to less than it needs.
   // Throws torch's own error for what cannot be written in place (expanded, inference tensors).
   Added add(at::TensorImpl* grad);
   // Keeps a gradient alive that nobody else may own.
   void keep(at::Tensor grad) { kept_.push_back(std::move(grad)); }
-  // Takes a reference to every gradient added so far: these no longer need the interpreter lock.
+  // Takes references to every gradient added so far and to its memory: these no longer need the interpreter lock.
   void own_all();
 
   bool none() const { return count_ == 0; }
@@ -74,6 +76,7 @@ class Gradients {
   size_t expected_;
   c10::SmallVector<Group, 1> groups_;  // in the order of their first gradients
   std::vector<at::Tensor> kept_;
+  std::vector<c10::Storage> kept_memory_;
   int64_t bytes_ = 0;
   int64_t count_ = 0;
   uint8_t dtypes_ = 0;  // bit set of DType

@@ -51,7 +51,7 @@ double total_norm(const TensorTable& table, NormType type) {
   return static_cast<double>(type == NormType::L2 ? std::sqrt(total) : total);
 }
 
-// Slices with common bytes are written one after the other, as often as they occur: what torch's loop gives.
+// Slices with common bytes are written one after the other, as often as they occur, as in torch's loop.
 static int shares_in_place(const TensorTable& table) {
   const int shares = shares_for(table);
   return shares > 1 && table.has_overlaps() ? 1 : shares;

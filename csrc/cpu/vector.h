@@ -138,10 +138,13 @@ struct F16 {
   static void store(char* p, const Vec* part) { store_vec(p, narrowed(part[0]) | (narrowed(part[1]) << 16)); }
 
  private:
-  // The exponent moves up by 112 through a multiplication, which also normalises subnormal numbers.
+  // The exponent moves up by 112. A subnormal number is a small integer times 2^-24; no multiplication of a subnormal
+  // float takes part, which torch.set_flush_denormal(True) would turn into zero.
   static f32v widened(u32v half) {
     const u32v magnitude = half & 0x7fffu;
-    const u32v finite = (u32v)((f32v)(magnitude << 13) * 0x1p112f);
+    const u32v normal = (magnitude << 13) + 0x38000000u;
+    const u32v subnormal = (u32v)(__builtin_convertvector((i32v)magnitude, f32v) * 0x1p-24f);
+    const u32v finite = magnitude < 0x400u ? subnormal : normal;
     const u32v bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : finite;
     return (f32v)(bits | ((half & 0x8000u) << 16));
   }

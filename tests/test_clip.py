@@ -109,7 +109,8 @@ def test_under_the_threshold_nothing_is_written(device, dtype, norm_type, size):
     norm = oracle.total_norm([grad], norm_type)
     for max_norm in (norm * 1.001 + 2e-6, 1e30, INF):
         fastclip.clip_grad_norm_(make_parameters([grad]), max_norm, norm_type)
-        assert torch.equal(bits(grad), before) and grad._version == version
+        assert torch.equal(bits(grad), before)
+        assert grad._version == version or grad.is_cuda  # there the host does not know whether the kernel wrote
 
 
 CLIP_READ_ONLY_MEMORY = """

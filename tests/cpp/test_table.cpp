@@ -11,12 +11,12 @@
 
 using namespace fastclip;
 
-#define CHECK(condition)                                                 \
-  do {                                                                   \
-    if (!(condition)) {                                                  \
-      std::printf("line %d: %s does not hold\n", __LINE__, #condition);  \
-      std::exit(1);                                                      \
-    }                                                                    \
+#define CHECK(condition)                                                \
+  do {                                                                  \
+    if (!(condition)) {                                                 \
+      std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
+      std::exit(1);                                                     \
+    }                                                                   \
   } while (0)
 
 namespace {
@@ -189,10 +189,14 @@ int main(int argc, char** argv) {
   const struct {
     const char* name;
     void (*run)();
-  } cases[] = {{"packing", packing},           {"cut", cut},
-               {"overlaps", overlaps},         {"nan_max", nan_max_},
-               {"combine_norms", combine_norms_}, {"clip_coef", clip_coef_},
-               {"must_scale", must_scale_},    {"factors", factors}};
+  } cases[] = {{"packing", packing},
+               {"cut", cut},
+               {"overlaps", overlaps},
+               {"nan_max", nan_max_},
+               {"combine_norms", combine_norms_},
+               {"clip_coef", clip_coef_},
+               {"must_scale", must_scale_},
+               {"factors", factors}};
   for (const auto& entry : cases) {
     if (argc == 2 && !std::strcmp(argv[1], entry.name)) {
       entry.run();

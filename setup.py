@@ -11,6 +11,7 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+ANY_CARD = "7.5;8.0;9.0+PTX"  # for a build without a card: newer ones than 9.0 compile the PTX when it is loaded
 OLDEST_CUDA = (12, 1)  # since then a kernel takes 32,764 bytes of parameters
 
 
@@ -70,6 +71,8 @@ def extension(home: str | None):
         raise SystemExit(f"FASTCLIP_CUDA=1: {reason}")
     if possible and wanted != "0":
         cudart = cudart_directory(home)
+        if not torch.cuda.is_available():  # torch would ask the card at hand
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ANY_CARD)
         return CUDAExtension(
             "fastclip._C",
             sources + cuda_sources,

@@ -66,7 +66,7 @@ def build() -> None:
     built = list((ROOT / "fastclip").glob("_C*.so"))
     if built and STAMP.exists() and json.loads(STAMP.read_text()) == inputs:
         return
-    say("Building the extension (about half a minute) ...")
+    say("Building the extension (half a minute, with CUDA two) ...")
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     environment = {**os.environ, "FASTCLIP_REQUIRE_NATIVE": "1"}
     done = subprocess.run(

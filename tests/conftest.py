@@ -1,15 +1,16 @@
 """Fixtures: the devices and CPU instruction sets that tests run on, and the same state of torch for every test."""
 
-import importlib.util
+import zlib
 
 import pytest
 import torch
+from support import EMULATED, cudaemu
 
 import fastclip
 from fastclip._native import _C
 
 ISAS = _C.available_kernels() if _C else []
-CUDA = ["cuda"] if fastclip.build_info().get("cuda") else []
+CUDA = [pytest.param("cuda", marks=pytest.mark.cuda)] if fastclip.build_info().get("cuda") else []
 
 
 def _with_kernels(name):
@@ -17,12 +18,6 @@ def _with_kernels(name):
     _C.select_kernels(name)
     yield "cpu"
     _C.select_kernels(before)
-
-
-def _has_cuda():
-    if torch.cuda.is_available():
-        return True
-    return importlib.util.find_spec("cudaemu") is not None and importlib.import_module("cudaemu").active()
 
 
 @pytest.fixture(params=ISAS)
@@ -37,10 +32,29 @@ def device(request):
     """Runs a test on every device; on the CPU once for each instruction set."""
     if request.param != "cuda":
         yield from _with_kernels(request.param)
-    elif _has_cuda():
-        yield "cuda"
     else:
+        request.getfixturevalue("cuda_device")
+        yield "cuda"
+
+
+@pytest.fixture
+def cuda_device(request):
+    """A CUDA device, real or emulated, in its usual state, and no work left on it in the end.
+
+    On the emulated one every test has its own order of streams, blocks and warps (0: the plain one, and three random
+    ones), and ends with a look at what the checks found.
+    """
+    if not CUDA:
+        pytest.skip("built without CUDA")
+    if not torch.cuda.is_available():
         pytest.skip("neither a CUDA device nor the emulator")
+    if EMULATED:
+        cudaemu.set_seed(zlib.crc32(request.node.nodeid.encode()) % 4)
+    yield
+    _C.force_cuda_blocks(0)
+    _C.allow_cooperative_launches(True)
+    torch.cuda.synchronize()
+    assert not EMULATED or cudaemu.reset() == []
 
 
 @pytest.fixture(autouse=True)

@@ -1,40 +1,15 @@
-"""What the CUDA tests share: a device, real or emulated; gradients on it; and what a call asked of it."""
+"""What the CUDA tests share: their marks, gradients on the device, and what a call asked of it."""
 
 import contextlib
 import types
 
 import pytest
 import torch
+from support import EMULATED, cudaemu
 
-import fastclip
-from fastclip._native import _C
-
-try:
-    import cudaemu
-except ImportError:
-    cudaemu = None
-
-EMULATED = cudaemu is not None and cudaemu.active()
-BUILT = fastclip.build_info().get("cuda") is not None
+cuda = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_device")]  # the marks of a file of CUDA tests
 # Astride the edges of a vector (16 bytes), a row (512 bytes) and a batch of 6 rows, in elements of 2, 4 and 8 bytes.
 EDGES = [1, 2, 3, 7, 8, 9, 17, 31, 64, 65, 255, 256, 257, 263, 384, 385, 767, 769, 1535, 1536, 1537, 1543, 3073, 4611]
-
-
-@pytest.fixture(autouse=True)
-def cuda_device():
-    """A CUDA device in its usual state; on the emulated one every test ends with a look at its checks."""
-    if not BUILT:
-        pytest.skip("built without CUDA")
-    if not torch.cuda.is_available():
-        pytest.skip("neither a CUDA device nor the emulator")
-    yield
-    _C.force_cuda_blocks(0)
-    _C.allow_cooperative_launches(True)
-    if EMULATED:
-        cudaemu.set_seed(0)
-        cudaemu.synchronise_and_check()
-    else:
-        torch.cuda.synchronize()
 
 
 def parameters_of(grads):

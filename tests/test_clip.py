@@ -9,13 +9,16 @@ import torch
 from support import (
     DTYPES,
     EDGES,
+    EMULATED,
     INF,
     LARGE,
     NAN,
     NORM_TYPES,
+    assert_equal,
     bits,
     check_against_torch,
     clone,
+    clone_for_torch,
     make_parameters,
     outcome,
     run_python,
@@ -65,7 +68,7 @@ def test_unaligned_views_and_nothing_beyond_them(device, dtype):
 
 
 @norm_types
-@pytest.mark.parametrize("scale", [1, 40])
+@pytest.mark.parametrize("scale", [1, 2 if EMULATED else 40])
 def test_mixed_list(device, norm_type, scale):
     sizes = [0 if i % 10 == 3 and norm_type != INF else n * scale for i, n in enumerate(EDGES[1:])]
     grads = [torch.randn(size, device=device).to(DTYPES[i % 4]) for i, size in enumerate(sizes)]
@@ -110,7 +113,7 @@ def test_under_the_threshold_nothing_is_written(device, dtype, norm_type, size):
     for max_norm in (norm * 1.001 + 2e-6, 1e30, INF):
         fastclip.clip_grad_norm_(make_parameters([grad]), max_norm, norm_type)
         assert torch.equal(bits(grad), before)
-        assert grad._version == version or grad.is_cuda  # there the host does not know whether the kernel wrote
+        assert grad._version == version or device == "cuda"
 
 
 CLIP_READ_ONLY_MEMORY = """
@@ -147,7 +150,8 @@ def test_version_counters(device, size):
     grads = [torch.randn(size, device=device), torch.randn(size, 2, device=device)[:, 0], torch.ones(3, device=device)]
     parameters = make_parameters(grads)
     fastclip.clip_grad_norm_(parameters, 1e6)
-    assert [g._version for g in grads] == [0, 0, 0]
+    if device == "cpu":  # on a CUDA device the host does not know whether the kernel wrote
+        assert [g._version for g in grads] == [0, 0, 0]
     fastclip.clip_grad_norm_(parameters, 0.1)
     written = [g._version for g in grads]
     assert all(version > 0 for version in written)
@@ -263,13 +267,13 @@ def test_returned_norm_is_fresh_and_writable(device, size):
 @small_and_large
 def test_grad_modes(device, mode, size):
     grad = torch.ones(size, device=device)
-    want = clone([grad])
+    want = clone_for_torch([grad])
     with mode():
         norm = fastclip.clip_grad_norm_(make_parameters([grad]), 1.0)
         expected = torch.nn.utils.clip_grad_norm_(make_parameters(want), 1.0)
         total = fastclip.get_total_norm([grad])
     assert not norm.requires_grad and norm.is_inference() == expected.is_inference() == total.is_inference()
-    torch.testing.assert_close(grad, want[0])
+    assert_equal(grad, want[0].to(device))
 
 
 def test_gradient_that_requires_grad(device):
@@ -293,10 +297,12 @@ def test_inference_tensors(device, size):
         oracle.check_scaled(copies[0], grads[0], oracle.coefficient(1.0, oracle.total_norm(grads, 2)))
     oracle.check_norm(fastclip.get_total_norm(grads), grads, 2)
     outcomes = []
-    for module in (fastclip, torch.nn.utils):
-        plain = torch.ones(9, device=device)
-        outcomes.append(outcome(module.clip_grad_norm_, make_parameters([plain, *grads]), 1.0))
-        outcomes.append(outcome(module.clip_grad_value_, make_parameters([plain, *grads]), 0.5))
+    with torch.inference_mode():
+        for_torch = clone_for_torch(grads)
+    for module, copies in ((fastclip, grads), (torch.nn.utils, for_torch)):
+        plain = torch.ones(9, device=copies[0].device)
+        outcomes.append(outcome(module.clip_grad_norm_, make_parameters([plain, *copies]), 1.0))
+        outcomes.append(outcome(module.clip_grad_value_, make_parameters([plain, *copies]), 0.5))
         if module is fastclip:
             assert plain.min() == 1 and all(g.min() == 1 for g in grads)  # torch has written before it raises
     assert outcomes[:2] == outcomes[2:] and outcomes[0][0] is RuntimeError

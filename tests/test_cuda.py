@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from cuda_support import EDGES, EMULATED, cuda_device, cudaemu, on_host, parameters_of, slices, unaligned  # noqa: F401
+from cuda_support import EDGES, EMULATED, cuda, cudaemu, on_host, parameters_of, slices, unaligned
 from oracle import check_norm, check_scaled, coefficient, total_norm
 
 import fastclip
 from fastclip._native import _C
 
-pytestmark = pytest.mark.cuda
+pytestmark = cuda
 INF = math.inf
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,18 +5,18 @@ import math
 
 import pytest
 import torch
-from cuda_support import EMULATED, assert_one_launch, cuda_device, on_host, parameters_of, slices, watch  # noqa: F401
+from cuda_support import EMULATED, assert_one_launch, cuda, on_host, parameters_of, slices, watch
 from oracle import check_norm, check_scaled, coefficient, total_norm
 
 import fastclip
 from fastclip._native import _C
 
-pytestmark = pytest.mark.cuda
+pytestmark = cuda
 
 
-def capture(call):
+def capture(call, stream=None):
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         result = call()
     return graph, result
 
@@ -47,16 +47,25 @@ def test_three_replays(count):
         replay_and_check(graph, norm, grads, 1.5, seed)
 
 
-def test_three_replays_of_a_long_list_with_calls_over_another_between():
+@pytest.mark.parametrize("known", [False, True], ids=["first call", "called before"])
+def test_three_replays_of_a_long_list_with_calls_over_another_between(known):
+    """On the stream of the capture, whose cached tables these calls overwrite."""
+    stream = torch.cuda.Stream()
     grads = slices(3_000, 8, torch.float32)
     parameters = parameters_of(grads)
-    fastclip.clip_grad_norm_(parameters, 1e9)
-    graph, norm = capture(lambda: fastclip.clip_grad_norm_(parameters, 1.5))
+    torch.cuda.synchronize()
+    if known:
+        with torch.cuda.stream(stream):
+            fastclip.clip_grad_norm_(parameters, 1e9)
+    graph, norm = capture(lambda: fastclip.clip_grad_norm_(parameters, 1.5), stream)
     for seed in range(3):
-        for count in (2_100, 2_500, 3_500):  # more lists than the cache of a stream holds
+        for count in (3_000, 2_100, 2_500):  # more lists than the cache of a stream holds
             others = slices(count, 8, torch.float32)
             before = on_host(others)
-            check_norm(fastclip.clip_grad_norm_(parameters_of(others), 1.0), before, 2)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                check_norm(fastclip.clip_grad_norm_(parameters_of(others), 1.0), before, 2)
+            torch.cuda.synchronize()
             del others
             gc.collect()
         replay_and_check(graph, norm, grads, 1.5, seed)

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from cuda_support import EMULATED, assert_one_launch, cuda_device, parameters_of, slices, watch  # noqa: F401
+from cuda_support import EMULATED, assert_one_launch, cuda, parameters_of, slices, watch
 
 import fastclip
 
-pytestmark = pytest.mark.cuda
+pytestmark = cuda
 emulated_only = pytest.mark.skipif(not EMULATED, reason="needs the emulator's counters")
 
 

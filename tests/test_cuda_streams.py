@@ -8,12 +8,12 @@ import threading
 
 import pytest
 import torch
-from cuda_support import EMULATED, cuda_device, cudaemu, on_host, parameters_of, slices, watch  # noqa: F401
+from cuda_support import EMULATED, cuda, cudaemu, on_host, parameters_of, slices, watch
 from oracle import check_norm, check_scaled, coefficient, total_norm
 
 import fastclip
 
-pytestmark = pytest.mark.cuda
+pytestmark = cuda
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 

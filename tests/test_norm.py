@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import check_norm
-from support import DTYPES, EDGES, INF, LARGE, NAN, NORM_TYPES
+from support import DTYPES, EDGES, EMULATED, INF, LARGE, NAN, NORM_TYPES
 
 import fastclip
 
@@ -28,7 +28,7 @@ def test_every_size(device, dtype, norm_type):
 @norm_types
 def test_every_element_counts(device, dtype, norm_type):
     for size in [1, 9, 31, 65, 300, 1025]:
-        for position in range(size):
+        for position in range(0, size, 41 if size > 64 and EMULATED else 1):
             grad = torch.zeros(size, dtype=dtype, device=device)
             grad[position] = -3
             assert fastclip.get_total_norm([grad], norm_type).item() == 3, (size, position)
@@ -93,7 +93,7 @@ BIASED = [0.1, 1 / 3, 16777217.0, 0.7, 1 - 2**-24, 1.7777801, 1.7777818, 1.33325
 @pytest.mark.parametrize("norm_type", [1, 2])
 @pytest.mark.parametrize("value", BIASED)
 def test_systematic_rounding(device, norm_type, value):
-    for size in [100, 4097, 1 << 21]:
+    for size in [100, 4097, 1 << 15 if EMULATED else 1 << 21]:
         check([torch.full((size,), value, device=device)], norm_type)
     check([torch.full((64,), value, device=device) for _ in range(500)], norm_type)
 
@@ -101,7 +101,7 @@ def test_systematic_rounding(device, norm_type, value):
 @pytest.mark.parametrize("norm_type", [1, 2])
 def test_one_large_then_many_small(device, norm_type):
     for large, small in [(1.0, 2.0**-13), (2.0**24, 1.0), (1.0, 2.0**-24), (1e4, 1e-3)]:
-        grad = torch.full((1 << 20,), small, device=device)
+        grad = torch.full((1 << 15 if EMULATED else 1 << 20,), small, device=device)
         grad[0] = large
         check([grad], norm_type)
         check([grad[:1], grad[1:]], norm_type)

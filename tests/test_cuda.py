@@ -283,3 +283,28 @@ def test_many_seeds():
         cudaemu.set_seed(seed)
         check_clip(unaligned(EDGES, torch.bfloat16), 0.5)
         check_clip(slices(2500, 9, torch.float32), 0.5)
+
+
+def test_more_than_2_31_elements_in_one_tensor():
+    """One of 2^31 elements and some, unaligned, and with a smaller one a list of more."""
+    if EMULATED:
+        cudaemu.set_checks("none")  # they make it ten times slower
+    try:
+        size = 2**31 + 4_611
+        x = torch.zeros(size + 3, dtype=torch.bfloat16, device="cuda")[3:]
+        y = torch.zeros(40, dtype=torch.bfloat16, device="cuda")
+        places = [0, 2**31 - 1, 2**31, size - 1]
+        for place in places:
+            x[place] = 32
+        y[-1] = 32
+        assert fastclip.get_total_norm([x, y], 1).item() == 5 * 32
+        if EMULATED:  # minutes for a second and a third pass
+            return
+        norm = fastclip.clip_grad_norm_(parameters_of([x, y]), 8.0)
+        assert norm.item() == pytest.approx(32 * 5**0.5, rel=1e-6)
+        want = torch.tensor(32 * 8 / norm.item()).bfloat16().item()
+        assert [x[place].item() for place in places] == [want] * 4 and x[1:5].tolist() == [0] * 4
+    finally:
+        if EMULATED:
+            torch.cuda.synchronize()
+            cudaemu.set_checks("race,init")

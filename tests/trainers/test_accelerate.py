@@ -1,11 +1,10 @@
 """Accelerator.clip_grad_norm_ and clip_grad_value_, with gradient accumulation, in fp32 and bf16 autocast."""
 
 import pytest
-
-accelerate = pytest.importorskip("accelerate")
-
 import torch
 from trainer_support import BITWISE, ROUNDING, check_program, learned, regression_data, regressor
+
+accelerate = pytest.importorskip("accelerate")
 
 BATCHES, ACCUMULATED = 12, 2
 

@@ -1,12 +1,11 @@
 """Lightning's Trainer and Fabric, clipping by norm and by value."""
 
 import pytest
+import torch
+from trainer_support import BITWISE, ROUNDING, check_program, learned, regression_data, regressor
 
 pytorch_lightning = pytest.importorskip("pytorch_lightning")
 lightning_fabric = pytest.importorskip("lightning_fabric")
-
-import torch
-from trainer_support import BITWISE, ROUNDING, check_program, learned, regression_data, regressor
 
 BATCHES = 12
 ALGORITHMS = pytest.mark.parametrize(

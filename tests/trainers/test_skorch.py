@@ -1,12 +1,10 @@
 """skorch's GradientNormClipping callback."""
 
 import pytest
+import torch
+from trainer_support import check_program, learned, regression_data, regressor
 
 skorch = pytest.importorskip("skorch")
-
-import torch
-from skorch.callbacks import GradientNormClipping
-from trainer_support import check_program, learned, regression_data, regressor
 
 EPOCHS, BATCHES = 2, 6
 
@@ -21,7 +19,7 @@ def test_gradient_norm_clipping(norm_type):
             lr=0.1,
             optimizer=torch.optim.SGD,
             train_split=None,
-            callbacks=[GradientNormClipping(clip, norm_type)],
+            callbacks=[skorch.callbacks.GradientNormClipping(clip, norm_type)],
             device="cpu",
             verbose=0,
         )

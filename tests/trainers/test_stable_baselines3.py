@@ -1,13 +1,12 @@
 """stable-baselines3's PPO and A2C in an environment of one number."""
 
 import pytest
-
-stable_baselines3 = pytest.importorskip("stable_baselines3")
-
-import gymnasium
-import numpy as np
 import torch
 from trainer_support import check_program, learned
+
+np = pytest.importorskip("numpy")
+stable_baselines3 = pytest.importorskip("stable_baselines3")
+gymnasium = pytest.importorskip("gymnasium")
 
 TIMESTEPS, ROLLOUT = 64, 16
 

@@ -1,18 +1,16 @@
 """transformers.Trainer with a tiny Llama made from a config."""
 
 import pytest
+import torch
+from trainer_support import check_program, learned
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-import torch
-from torch import nn
-from trainer_support import check_program, learned
-
 STEPS = 6
 
 
-def llama() -> nn.Module:
+def llama():
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -46,9 +44,7 @@ def train(clip):
     trainer = transformers.Trainer(model=llama(), args=arguments, train_dataset=data)
     trainer.train()
     steps = trainer.state.log_history[:STEPS]
-    return learned(
-        trainer.model, losses=[step["loss"] for step in steps], norms=[step["grad_norm"] for step in steps]
-    )
+    return learned(trainer.model, losses=[step["loss"] for step in steps], norms=[step["grad_norm"] for step in steps])
 
 
 def test_trainer():

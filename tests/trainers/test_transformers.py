@@ -31,7 +31,7 @@ def train(clip):
         gradient_accumulation_steps=2,
         max_grad_norm=clip,
         optim="sgd",  # Adam's steps would hardly depend on the clip coefficient
-        learning_rate=0.5,
+        learning_rate=5.0,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

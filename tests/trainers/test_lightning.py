@@ -7,6 +7,9 @@ from trainer_support import BITWISE, ROUNDING, check_program, learned, regressio
 pytorch_lightning = pytest.importorskip("pytorch_lightning")
 lightning_fabric = pytest.importorskip("lightning_fabric")
 
+# Lightning 2.6 on torch 2.14, about itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
+
 BATCHES = 12
 ALGORITHMS = pytest.mark.parametrize(
     ("algorithm", "clip", "tolerance"), [("norm", 1.0, ROUNDING), ("value", 0.1, BITWISE)]

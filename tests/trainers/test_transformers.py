@@ -23,9 +23,9 @@ def llama():
     return transformers.LlamaForCausalLM(config)
 
 
-def train(clip):
+def train(clip, folder):
     arguments = transformers.TrainingArguments(
-        output_dir="out",
+        output_dir=folder,
         max_steps=STEPS,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
@@ -47,5 +47,5 @@ def train(clip):
     return learned(trainer.model, losses=[step["loss"] for step in steps], norms=[step["grad_norm"] for step in steps])
 
 
-def test_trainer():
-    check_program(train, clip=0.1, calls=STEPS)
+def test_trainer(tmp_path):
+    check_program(lambda limit: train(limit, tmp_path), clip=0.1, calls=STEPS)

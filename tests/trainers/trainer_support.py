@@ -1,12 +1,16 @@
 """Runs a program on torch's clipping and again on fastclip's, and compares everything that it learned."""
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import fastclip
+
+# Nothing is fetched, nobody is told. Read when the trainers' packages are imported, which is after this module.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 UNCLIPPED = math.inf
 

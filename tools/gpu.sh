@@ -28,7 +28,7 @@ say "build for $TORCH_CUDA_ARCH_LIST"
 FASTCLIP_CUDA=1 FASTCLIP_REQUIRE_NATIVE=1 timeout 180 "$python" setup.py --quiet build_ext --inplace || exit 1
 
 say "tests over cuda"
-timeout 180 "$python" -m pytest tests -m cuda -q || failed+=("tests")
+timeout 180 "$python" -m pytest tests --ignore=tests/trainers -m cuda -q || failed+=("tests")
 
 say "compute-sanitizer"
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null || true)

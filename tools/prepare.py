@@ -15,8 +15,9 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
-VENV_READY = ROOT / ".venv" / "ready"
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+VENV_READY = VENV / "ready"
 STAMP = ROOT / "build" / "stamp.json"
 OPTIONAL = {
     "ninja": "the build runs one file at a time",
@@ -34,16 +35,35 @@ def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def make_venv() -> None:
-    """Creates .venv with torch (any requirement in $TORCH) and requirements-dev.txt, once."""
-    requirements = ROOT / "requirements-dev.txt"
-    wanted = os.environ.get("TORCH", "torch") + "\n" + requirements.read_text()
+def requirements() -> list[str]:
+    """The extras of pyproject.toml, all of them, without the names by which they refer to each other."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10: pip has a copy
+        from pip._vendor import tomli as tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    return [line for extra in extras for line in extra if not line.startswith(project["name"] + "[")]
+
+
+def fill_venv() -> None:
+    """Installs torch (any requirement in $TORCH) and what the extras name into .venv, which runs this; once."""
+    torch, others = os.environ.get("TORCH", "torch"), requirements()
+    wanted = "\n".join([torch, *others])
     if VENV_READY.exists() and VENV_READY.read_text() == wanted:
         return
-    say("Making .venv with torch (several minutes where torch has to be downloaded) ...")
-    venv.create(ROOT / ".venv", with_pip=True)
-    pip = [str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, os.environ.get("TORCH", "torch"), "-r", str(requirements)], check=True, stdout=sys.stderr)
+    say("Filling .venv with torch, tools and trainers (several minutes where they have to be downloaded) ...")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", torch], check=True, stdout=sys.stderr)
+    # torch first, and named again: what depends on it has to suit it, not the other way round.
+    torch = f"torch=={importlib.metadata.version('torch')}"
+    subprocess.run([*pip, "install", torch, *others], check=True, stdout=sys.stderr)
+    # PyPI's torchvision is built for a torch with CUDA. With one without, importing it fails, and so do timm, which
+    # needs it, and torchmetrics, a part of Lightning, which uses it where it is installed.
+    if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode:
+        say(f"torchvision does not load with {torch}: it is taken out, the tests that need it are skipped.")
+        subprocess.run([*pip, "uninstall", "--yes", "torchvision"], check=True, stdout=sys.stderr)
+    importlib.invalidate_caches()
     VENV_READY.write_text(wanted)
 
 
@@ -80,10 +100,12 @@ def build() -> None:
 
 
 def main() -> None:
-    if not has("torch"):
-        make_venv()
-        if Path(sys.prefix) != ROOT / ".venv":
-            os.execv(VENV_PYTHON, [str(VENV_PYTHON), __file__])
+    if Path(sys.prefix) == VENV:
+        fill_venv()
+    elif not has("torch"):
+        if not VENV_READY.exists():
+            venv.create(VENV, with_pip=True)
+        os.execv(VENV_PYTHON, [str(VENV_PYTHON), __file__])
     if not has("pytest") or not has("setuptools"):
         sys.exit(f"{sys.executable} has torch but lacks pytest or setuptools: install them, or deactivate it.")
     for module, consequence in OPTIONAL.items():

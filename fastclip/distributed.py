@@ -94,7 +94,7 @@ class _Gradients:
             for item, grad in zip(self.items, self.grads, strict=True)
         ]
         self.has_dtensors = any(map(is_dtensor, self.models))
-        self.fallback_reason = None
+        self.fallback_reason = None if _C else NOT_BUILT
 
     def why_left_to_torch(self, given: Mapping = ()) -> str | None:
         return None if self.has_dtensors or given else "subclass"
@@ -162,9 +162,9 @@ class _Gradients:
         """Changes the local parts in place, and the version counters of what wraps them."""
         tensors = [local for local in self.locals if local is not None]
         versions = [local._version for local in tensors]
-        reason = native(tensors) if _C else NOT_BUILT
+        reason = native(tensors) if _C else self.fallback_reason
         if reason:
-            self.fallback_reason = self.fallback_reason or reason
+            self.fallback_reason = reason
             by_torch([SimpleNamespace(grad=tensor) for tensor in tensors if tensor.numel()])
         wrappers = [grad for grad in self.grads if grad is not None]
         for grad, local, version in zip(wrappers, tensors, versions, strict=True):
@@ -189,9 +189,9 @@ class _Gradients:
 
     def _local_norm(self, tensors: list[Tensor], p: float, device: torch.device) -> Tensor:
         """The norm of plain tensors: float64, 0-d; that of no elements is 0."""
-        norm = _C.norm_of(tensors, p) if _C else NOT_BUILT
+        norm = _C.norm_of(tensors, p) if _C else self.fallback_reason
         if type(norm) is str:
-            self.fallback_reason = self.fallback_reason or norm
+            self.fallback_reason = norm
             norm = _torch_functions.get_total_norm([tensor for tensor in tensors if tensor.numel()], p).double()
         return norm.to(device)
 

@@ -80,6 +80,14 @@ void add(Gradients& grads, at::TensorImpl* grad, Items items, Py_ssize_t index) 
                              std::string(py::str(object.attr("dtype"))));
 }
 
+// Whether an object is a DTensor. Before torch.distributed.tensor is imported, which takes half a second, there is
+// none.
+bool is_dtensor(py::handle object) {
+  const py::str name("torch.distributed.tensor");
+  const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name.ptr()));
+  return module && py::isinstance(object, module.attr("DTensor"));
+}
+
 // Adds the gradient of an object of any type, as Python code would read it.
 void add_by_attribute(Gradients& grads, PyObject* item, Items items, Py_ssize_t index) {
   const auto owner = py::reinterpret_borrow<py::object>(item);  // the list may lose it while its attribute is read
@@ -91,7 +99,11 @@ void add_by_attribute(Gradients& grads, PyObject* item, Items items, Py_ssize_t 
       PyErr_Clear();
       raise(PyExc_TypeError, at_index(items, index) + ": expected a torch.Tensor, got " + Py_TYPE(item)->tp_name);
     }
-    if (object.is_none()) return;
+    if (object.is_none()) {
+      // Other ranks may have this gradient, and wait for this one.
+      if (is_dtensor(owner) && THPVariable_Unpack(item).requires_grad()) grads.fall_back("subclass");
+      return;
+    }
   }
   if (!THPVariable_Check(object.ptr())) {
     raise(PyExc_TypeError, at_index(items, index) + (items == Items::Parameters ? ".grad" : "") +
@@ -166,10 +178,13 @@ size_t expected_size(py::handle list) {
   return PyList_Check(list.ptr()) || PyTuple_Check(list.ptr()) ? PySequence_Fast_GET_SIZE(list.ptr()) : 1;
 }
 
+void count_native_call() {
+  native_calls.fetch_add(1, std::memory_order_relaxed);
+}
+
 // Runs the native part of a call. Short ones keep the interpreter lock, see kSmallBytes.
 template <class Work>
 auto run(Gradients& grads, Work work) {
-  native_calls.fetch_add(1, std::memory_order_relaxed);
   const at::NoGradGuard no_grad;  // gradients with gaps are written by torch's own operations
   if (grads.bytes() < cpu::kSmallBytes && grads.only_on_cpu()) return work();
   grads.own_all();
@@ -185,17 +200,18 @@ py::object to_python(const at::Tensor& tensor) {
 }
 
 py::object nothing_to_do() {
-  native_calls.fetch_add(1, std::memory_order_relaxed);
+  count_native_call();
   return py::none();
 }
 
 template <class Work>
 py::object with_norm_type(Gradients& grads, double p, Work work) {
-  if (grads.none()) return nothing_to_do();
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  if (grads.none()) return nothing_to_do();
   const auto type = fused_norm_type(p);
   if (!type) return py::str("norm_type");
   if (*type == NormType::Inf && grads.has_empty()) return py::str("inf norm of an empty gradient");
+  count_native_call();
   return to_python(run(grads, [&] { return work(*type); }));
 }
 
@@ -238,10 +254,11 @@ py::object clip_grads_with_norm_(py::handle parameters, py::handle max_norm, py:
   const Number threshold = to_number(max_norm, "max_norm");
   Gradients grads(Access::Write, expected_size(parameters));
   collect(grads, parameters.ptr(), Items::Parameters);
-  if (grads.none()) return nothing_to_do();
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  if (grads.none()) return nothing_to_do();
   if (!is_norm(total_norm)) return py::str("total_norm");
   const Number norm = to_number(total_norm, "total_norm");
+  count_native_call();
   run(grads, [&] { fastclip::clip_grads_with_norm(grads, threshold, norm); });
   return py::none();
   END_HANDLE_TH_ERRORS_PYBIND
@@ -253,11 +270,52 @@ py::object clip_grad_value_(py::handle parameters, py::handle clip_value) {
   const double limit = to_double(clip_value, "clip_value");
   Gradients grads(Access::Write, expected_size(parameters));
   collect(grads, parameters.ptr(), Items::Parameters);
-  if (grads.none()) return nothing_to_do();
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  if (grads.none()) return nothing_to_do();
   grads.check_clip_value(limit);
   if (!(limit >= 0)) return py::str("clip_value");  // negative or NaN: rare, and torch's results are peculiar
+  count_native_call();
   run(grads, [&] { fastclip::clip_grad_value(grads, limit); });
+  return py::none();
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+// The parts that a call over several ranks is made of. They take gradients, not parameters, and are not counted: the
+// call is. The reason that they return is why torch has to do this part.
+
+// The unrounded norm, a 0-d float64 tensor; an empty gradient has none. On a CUDA device nothing waits for it.
+py::object norm_of(py::handle grads_list, double p) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::norm_of", {});
+  Gradients grads(Access::Read, expected_size(grads_list));
+  collect(grads, grads_list.ptr(), Items::Tensors);
+  if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  if (grads.none()) return to_python(norm_tensor(0, at::kDouble));
+  grads.keep_norm_unrounded();
+  return to_python(run(grads, [&] { return fastclip::get_total_norm(grads, *fused_norm_type(p), false); }));
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::object scale_by_norm_(py::handle grads_list, py::handle max_norm, py::handle total_norm) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::scale_by_norm_", {});
+  const Number threshold = to_number(max_norm, "max_norm"), norm = to_number(total_norm, "total_norm");
+  Gradients grads(Access::Write, expected_size(grads_list));
+  collect(grads, grads_list.ptr(), Items::Tensors);
+  if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  if (!grads.none()) run(grads, [&] { fastclip::clip_grads_with_norm(grads, threshold, norm); });
+  return py::none();
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::object clamp_(py::handle grads_list, double clip_value) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::clamp_", {});
+  Gradients grads(Access::Write, expected_size(grads_list));
+  collect(grads, grads_list.ptr(), Items::Tensors);
+  if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  grads.check_clip_value(clip_value);
+  if (!grads.none()) run(grads, [&] { fastclip::clip_grad_value(grads, clip_value); });
   return py::none();
   END_HANDLE_TH_ERRORS_PYBIND
 }
@@ -273,6 +331,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("clip_grad_norm_", &fc::clip_grad_norm_);
   m.def("clip_grads_with_norm_", &fc::clip_grads_with_norm_);
   m.def("clip_grad_value_", &fc::clip_grad_value_);
+  m.def("norm_of", &fc::norm_of);
+  m.def("scale_by_norm_", &fc::scale_by_norm_);
+  m.def("clamp_", &fc::clamp_);
+  m.def("count_native_call", &fc::count_native_call);
   m.def("native_calls", [] { return fc::native_calls.load(); });
   m.def("reset_native_calls", [] { fc::native_calls.store(0); });
   m.def("kernels", [] { return std::string(fastclip::cpu::kernels().name); });

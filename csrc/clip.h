@@ -51,6 +51,8 @@ class Gradients {
   // been resized to less than it needs.
   // Throws torch's own error for what cannot be written in place (expanded, inference tensors).
   Added add(at::TensorImpl* grad);
+  // Has torch do this call for a reason that lies outside of the gradients.
+  Added fall_back(std::string reason);
   // Keeps a gradient alive that nobody else may own.
   void keep(at::Tensor grad) { kept_.push_back(std::move(grad)); }
   // Takes references to every gradient added so far and to its memory: these no longer need the interpreter lock.
@@ -64,12 +66,13 @@ class Gradients {
   int64_t bytes() const { return bytes_; }
   // The promotion of the gradients' dtypes, at least float32.
   at::ScalarType norm_dtype() const { return any_double_ ? at::kDouble : at::kFloat; }
+  // Makes norm_dtype() float64: the norm is left as it was computed.
+  void keep_norm_unrounded() { any_double_ = true; }
 
   // Throws torch's error where a dtype among the gradients cannot represent a finite clip_value.
   void check_clip_value(double clip_value) const;
 
  private:
-  Added fall_back(std::string reason);
   Group& group_on(c10::Device device);
 
   Access access_;

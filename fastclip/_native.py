@@ -7,6 +7,8 @@ import torch
 
 from fastclip._version import __version__
 
+NOT_BUILT = "extension not built"  # the reason of fallbacks without it
+
 try:
     _C = importlib.import_module("fastclip._C")
 except ImportError as error:

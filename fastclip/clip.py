@@ -3,20 +3,30 @@
 import sys
 import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastclip import _torch_functions
-from fastclip._native import _C
+from fastclip import _torch_functions, distributed
+from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Tensors = Tensor | Iterable[Tensor]
 
 
 def get_total_norm(
-    tensors: Tensors, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    tensors: Tensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    process_group: "ProcessGroup | None" = None,
+    process_groups: "Mapping[ProcessGroup, Tensors] | None" = None,
 ) -> Tensor:
     """Computes the norm of all tensors, as if they were concatenated into one vector.
 
@@ -26,24 +36,38 @@ def get_total_norm(
             fused, others are computed by torch.
         error_if_nonfinite: raise when the result is inf or NaN.
         foreach: accepted for compatibility; means something only where torch does the work.
+        process_group: the ranks of this group hold different parts of the model, as the stages of a pipeline do: the
+            norm is that of all parts. All of them have to call, also one that has no tensors.
+        process_groups: the same for some of the tensors only: a mapping from each process group to those that its
+            ranks hold different parts of, such as the experts of expert parallelism. Every rank of a group has to name
+            it, with an empty list if need be, and several groups in the same order.
 
     Returns:
         A new 0-d tensor on the first tensor's device. Its dtype is the promotion of the tensors' dtypes, and at least
         float32 (torch returns float16 for float16, which overflows at 65504). Correct to 1e-6 for float32 results,
-        1e-12 for float64. ``tensor(0.)`` when there are no tensors.
+        1e-12 for float64. ``tensor(0.)`` when there are no tensors. A replicated DTensor when all tensors are DTensors
+        of one mesh and no process group is given.
 
     Raises:
         TypeError: an item is not a tensor or not of a floating-point dtype; the message has its index.
+        ValueError: a tensor in ``process_groups`` is not one of ``tensors``, or ``norm_type`` is not fused and there
+            are process groups.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
     """
     tensors = _as_sequence(tensors, "tensors")
-    reason = _NOT_BUILT
+    if process_group is not None or process_groups:
+        return distributed.get_total_norm(tensors, norm_type, error_if_nonfinite, process_group, process_groups)
+    reason = NOT_BUILT
     if _C:
         result = _C.get_total_norm(tensors, norm_type, error_if_nonfinite)
         if result is None:
             return torch.tensor(0.0)
         if type(result) is not str:
             return result
+        if result == "subclass":
+            result = distributed.get_total_norm(tensors, norm_type, error_if_nonfinite)
+            if type(result) is not str:
+                return result
         reason = result
     count_fallback(reason)
     return _torch_functions.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
@@ -55,6 +79,9 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    process_group: "ProcessGroup | None" = None,
+    process_groups: "Mapping[ProcessGroup, Tensors] | None" = None,
 ) -> Tensor:
     """Scales all gradients in place so that their common norm is at most ``max_norm``.
 
@@ -69,14 +96,21 @@ def clip_grad_norm_(
         norm_type: order of the norm; 1, 2 and inf (or ``"inf"``) are fused, others are done by torch.
         error_if_nonfinite: raise when the norm is inf or NaN, and leave every gradient as it was.
         foreach: accepted for compatibility; means something only where torch does the work.
+        process_group: the ranks of this group hold different parts of the model, as the stages of a pipeline do: the
+            norm is that of all parts. All of them have to call, also one that has no parameters.
+        process_groups: the same for some of the parameters only: a mapping from each process group to those that its
+            ranks hold different parts of, such as the experts of expert parallelism. Every rank of a group has to name
+            it, with an empty list if need be, and several groups in the same order.
 
     Returns:
         The norm before clipping: a new 0-d tensor on the first gradient's device, in the promotion of the gradients'
-        dtypes and at least float32. ``tensor(0.)`` when there are no gradients.
+        dtypes and at least float32. ``tensor(0.)`` when there are no gradients. A replicated DTensor when all gradients
+        are DTensors of one mesh and no process group is given.
 
     Raises:
         TypeError: an item is not a tensor, or its gradient is not of a floating-point dtype; the message has its index.
-        ValueError: ``max_norm`` or ``norm_type`` is text that is not a number.
+        ValueError: ``max_norm`` or ``norm_type`` is text that is not a number; a tensor in ``process_groups`` is not
+            one of ``parameters``; with process groups, a norm type that is not fused.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or, as in torch, a gradient cannot be
             written in place because several of its elements share one place in memory.
     """
@@ -86,13 +120,21 @@ def clip_grad_norm_(
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=_level_of_caller()
         )
-    reason = _NOT_BUILT
+    if process_group is not None or process_groups:
+        return distributed.clip_grad_norm_(
+            parameters, max_norm, norm_type, error_if_nonfinite, process_group, process_groups
+        )
+    reason = NOT_BUILT
     if _C:
         result = _C.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
         if result is None:
             return torch.tensor(0.0)
         if type(result) is not str:
             return result
+        if result == "subclass":
+            result = distributed.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+            if type(result) is not str:
+                return result
         reason = result
     count_fallback(reason)
     return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
@@ -113,11 +155,15 @@ def clip_grads_with_norm_(
         TypeError, ValueError, RuntimeError: as ``clip_grad_norm_``.
     """
     parameters = _as_sequence(parameters, "parameters")
-    reason = _NOT_BUILT
+    reason = NOT_BUILT
     if _C:
         reason = _C.clip_grads_with_norm_(parameters, max_norm, total_norm)
         if reason is None:
             return
+        if reason == "subclass" or distributed.is_dtensor(total_norm):
+            reason = distributed.clip_grads_with_norm_(parameters, max_norm, total_norm)
+            if reason is None:
+                return
     count_fallback(reason)
     _torch_functions.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
 
@@ -139,18 +185,19 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         RuntimeError: a gradient's dtype cannot represent ``clip_value`` (1e6 in float16); or as ``clip_grad_norm_``.
     """
     parameters = _as_sequence(parameters, "parameters")
-    reason = _NOT_BUILT
+    reason = NOT_BUILT
     if _C:
         reason = _C.clip_grad_value_(parameters, clip_value)
         if reason is None:
             return
+        if reason == "subclass":
+            reason = distributed.clip_grad_value_(parameters, clip_value)
+            if reason is None:
+                return
     elif all(p.grad is None for p in ([parameters] if isinstance(parameters, Tensor) else parameters)):
         return
     count_fallback(reason)
     _torch_functions.clip_grad_value_(parameters, clip_value, foreach)
-
-
-_NOT_BUILT = "extension not built"
 
 
 def _level_of_caller() -> int:

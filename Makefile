@@ -11,6 +11,8 @@ PYTHON ?= python3
 TORCH ?= torch
 ARGS ?=
 export TORCH
+# Idle threads sleep: spinning ones slow everything down where others use the cores too.
+test: export OMP_WAIT_POLICY = passive
 
 PREPARED = py="$$($(PYTHON) tools/prepare.py)" && "$$py" -m
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')

@@ -48,6 +48,7 @@ std::string why_not_plain(const at::TensorImpl& tensor) {
   if (keys.has(DispatchKey::Conjugate)) return "conjugate view";
   if (keys.has(DispatchKey::Negative)) return "negative-bit view";
   if (keys.has(DispatchKey::ZeroTensor)) return "zero tensor";
+  if (tensor.is_mkldnn()) return "mkldnn";
   if (tensor.is_nested()) return "nested";
   if (tensor.device_type() != c10::DeviceType::CPU) return "device " + c10::DeviceTypeName(tensor.device_type(), true);
   return std::string("layout ") + c10::toString(keys.highestPriorityTypeId());

@@ -55,11 +55,13 @@ def watch():
         launches=0, cooperative_launches=0, synchronisations=[], copies=0, h2d_bytes=0, kernels=[]
     )
     torch.cuda.synchronize()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    ) as p:
+    with torch.profiler.profile() as p, torch.profiler.record_function("watched"):
         yield seen
-    for event in p.events():
+    events = p.events()
+    (block,) = [event.time_range for event in events if event.name == "watched" and event.device_type.name == "CPU"]
+    for event in events:
+        if not block.start <= event.time_range.start <= block.end:
+            continue  # the profiler's own
         if event.name.startswith(("cudaLaunchKernel", "cudaLaunchCooperativeKernel")):
             seen.launches += 1
             seen.cooperative_launches += "Cooperative" in event.name
@@ -67,7 +69,6 @@ def watch():
             seen.synchronisations.append(event.name)
         elif event.name.startswith("cudaMemcpy"):
             seen.copies += 1
-    seen.synchronisations = seen.synchronisations[:-1]  # the profiler's own, at its end
 
 
 def assert_one_launch(seen):

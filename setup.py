@@ -64,9 +64,14 @@ def extension(home: str | None):
     wanted = os.environ.get("FASTCLIP_CUDA", "auto")
     possible = bool(cuda_sources and home and torch.version.cuda)
     reason = "expected CUDA sources, nvcc and a torch with CUDA; one is missing"
-    if possible and cuda_version(home) < OLDEST_CUDA:
-        possible, reason = False, "expected CUDA 12.1 or later, got {}.{} in {}".format(*cuda_version(home), home)
-        print(f"fastclip: only the CPU part is built: {reason}", file=sys.stderr)
+    if possible:
+        found = "got {}.{} in {}".format(*cuda_version(home), home)
+        if cuda_version(home) < OLDEST_CUDA:
+            possible, reason = False, f"expected CUDA 12.1 or later, {found}"
+        elif str(cuda_version(home)[0]) != torch.version.cuda.split(".")[0]:
+            possible, reason = False, f"expected CUDA {torch.version.cuda}, with which torch is built, {found}"
+        if not possible:
+            print(f"fastclip: only the CPU part is built: {reason}", file=sys.stderr)
     if wanted == "1" and not possible:
         raise SystemExit(f"FASTCLIP_CUDA=1: {reason}")
     if possible and wanted != "0":

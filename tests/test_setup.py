@@ -53,10 +53,17 @@ def test_no_nvcc(setup, monkeypatch):
     assert setup.cuda_home() is None
 
 
-@pytest.mark.parametrize("version", ["11.8", "12.0"])
-def test_a_toolkit_that_is_too_old_builds_the_cpu_part_and_says_so(setup, toolkit, monkeypatch, capsys, version):
+UNFIT = {
+    "11.8": "expected CUDA 12.1 or later",
+    "12.0": "expected CUDA 12.1 or later",
+    "12.9": "expected CUDA 13.0, with which torch is built",
+}
+
+
+@pytest.mark.parametrize(("version", "expected"), UNFIT.items())
+def test_an_unfit_toolkit_builds_the_cpu_part_and_says_so(setup, toolkit, monkeypatch, capsys, version, expected):
     home = str(toolkit(version))
-    message = f"expected CUDA 12.1 or later, got {version} in {home}"
+    message = f"{expected}, got {version} in {home}"
     extension = setup.extension(home)
     assert not any("cuda" in source for source in extension.sources)
     assert capsys.readouterr().err.endswith(f"fastclip: only the CPU part is built: {message}\n")
@@ -65,11 +72,12 @@ def test_a_toolkit_that_is_too_old_builds_the_cpu_part_and_says_so(setup, toolki
         setup.extension(home)
 
 
-@pytest.mark.parametrize("version", ["12.1", "13.0"])
+@pytest.mark.parametrize("version", ["12.1", "13.0", "13.2"])
 def test_a_toolkit_that_is_new_enough_builds_both_parts(setup, toolkit, monkeypatch, version):
     home = str(toolkit(version))
     monkeypatch.setenv("CUDA_HOME", home)
     monkeypatch.setattr(setup, "cudart_directory", lambda home: "/with/cudart")
+    monkeypatch.setattr(torch.version, "cuda", version.split(".")[0] + ".1")
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
     extension = setup.extension(home)
     assert any(source.endswith("launch.cu") for source in extension.sources)

@@ -3,7 +3,6 @@
 #include <ATen/core/CachingHostAllocator.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include <algorithm>
@@ -70,6 +69,19 @@ void upload(const PackedTable& table, void* memory, c10::cuda::CUDAStream stream
   pinned->record_event(staged.get(), staged.get_context(), stream.unwrap());
 }
 
+// The graph that a stream's work is captured into; null if it is not.
+cudaGraph_t captured_graph(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  unsigned long long id;
+  cudaGraph_t graph = nullptr;
+#if CUDART_VERSION >= 13000
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id, &graph, nullptr, nullptr, nullptr));
+#else
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v2(stream, &status, &id, &graph, nullptr, nullptr));
+#endif
+  return status == cudaStreamCaptureStatusActive ? graph : nullptr;
+}
+
 // A replay must find the table that was captured, whatever happened since. So the copy is made now, on a stream that
 // is not captured, and belongs to the graph. Here the host waits: for the copy alone, and once a capture.
 const Entry* upload_for_graph(const PackedTable& table, c10::cuda::CUDAStream stream, cudaGraph_t graph) {
@@ -104,8 +116,7 @@ bool same(const Copy& copy, const PackedTable& table) {
 }  // namespace
 
 const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
-  const c10::cuda::CaptureInfo capture = c10::cuda::captureInfoMayInitCtx(stream);
-  if (capture.status == c10::cuda::CaptureStatus::Active) return upload_for_graph(table, stream, capture.graph);
+  if (const cudaGraph_t graph = captured_graph(stream)) return upload_for_graph(table, stream, graph);
 
   std::vector<std::unique_ptr<c10::DataPtr>> garbage;  // freed after the lock is given back
   std::list<Copy> dropped;

@@ -212,7 +212,9 @@ def test_empty_generator_warns_at_the_caller(device):
     assert norm.item() == 0
 
 
-@pytest.mark.parametrize("empty", [[], (), {}, iter([]), [torch.zeros(3)], torch.zeros(3)], ids=repr)
+@pytest.mark.parametrize(
+    "empty", [[], (), {}, iter(()), [torch.zeros(3)], torch.zeros(3)], ids=lambda x: type(x).__name__
+)
 def test_no_gradients(device, empty):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -184,6 +184,13 @@ py::object to_python(const at::Tensor& tensor) {
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
 }
 
+// (total_norm, grad_scale or None, found_inf)
+py::object to_python(const Prepared& prepared) {
+  return py::make_tuple(to_python(prepared.total_norm),
+                        prepared.grad_scale.defined() ? to_python(prepared.grad_scale) : py::none(),
+                        to_python(prepared.found_inf));
+}
+
 py::object nothing_to_do() {
   native_calls.fetch_add(1, std::memory_order_relaxed);
   return py::none();
@@ -221,6 +228,22 @@ py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handl
   collect(grads, parameters.ptr(), Items::Parameters);
   return with_norm_type(grads, p,
                         [&](NormType type) { return fastclip::clip_grad_norm(grads, threshold, type, error); });
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::object prepare_step(py::handle parameters, py::handle max_norm, py::handle norm_type, py::handle grad_scale,
+                        bool in_place) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::prepare_step", {});
+  const double p = to_double(norm_type, "norm_type");
+  const Number threshold = to_number(max_norm, "max_norm");
+  const Number scale = grad_scale.is_none() ? Number{1, {}} : to_number(grad_scale, "grad_scale");
+  Gradients grads(in_place ? Access::Write : Access::Read, expected_size(parameters));
+  collect(grads, parameters.ptr(), Items::Parameters);
+  // torch.amp.GradScaler refuses these, since they lose what scaling has kept; not where the optimizer unscales.
+  if (in_place && grads.has(DType::F16)) return py::str("unscaling float16");
+  return with_norm_type(grads, p,
+                        [&](NormType type) { return fastclip::prepare_step(grads, threshold, type, scale, in_place); });
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
@@ -273,6 +296,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("clip_grad_norm_", &fc::clip_grad_norm_);
   m.def("clip_grads_with_norm_", &fc::clip_grads_with_norm_);
   m.def("clip_grad_value_", &fc::clip_grad_value_);
+  m.def("prepare_step", &fc::prepare_step);
   m.def("native_calls", [] { return fc::native_calls.load(); });
   m.def("reset_native_calls", [] { fc::native_calls.store(0); });
   m.def("kernels", [] { return std::string(fastclip::cpu::kernels().name); });

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from fastclip import _torch_functions, clip
+from fastclip import clip
 from fastclip._native import _C
 
 Threshold = float | Tensor | Callable[[int], float | Tensor]
@@ -32,8 +32,7 @@ _HOOKS = [
 def _with_hooks(step: Callable) -> Callable:
     """Runs the hooks of this very optimizer around a step. Those of all optimizers run once, around the inner step."""
 
-    @functools.wraps(step)
-    def run(*args, **kwargs):
+    def hooked(*args, **kwargs):
         self = args[0]
         try:
             for hook in self._optimizer_step_pre_hooks.values():
@@ -47,6 +46,13 @@ def _with_hooks(step: Callable) -> Callable:
             raise
         finally:
             _forget(self.optimizer)
+
+    outside = torch._disable_dynamo(hooked)
+
+    @functools.wraps(step)
+    def run(*args, **kwargs):
+        # torch.compile leaves its graph for the step. Always calling `outside` would cost 2 us.
+        return (outside if torch.compiler.is_compiling() else hooked)(*args, **kwargs)
 
     run.hooked = True  # or torch would put its own around it
     return run
@@ -154,9 +160,9 @@ class ClippedOptimizer(Optimizer):
 
     def _clip(self) -> None:
         if self.clip_value is not None:
-            _functions().clip_grad_value_(self._parameters(), self.clip_value)
+            clip.clip_grad_value_(self._parameters(), self.clip_value)
             return
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "ClippedOptimizer.step() was called during the backward pass (from a gradient hook, as an optimizer in "
                 "backward does it): no norm over all gradients exists then. Step after backward(), or use clip_value"
@@ -182,9 +188,9 @@ class ClippedOptimizer(Optimizer):
         ]
         max_norm = None if self._max_norm is None else self._threshold(self._max_norm)
         for parameters, threshold in own:
-            _functions().clip_grad_norm_(parameters, threshold, self.norm_type)
+            clip.clip_grad_norm_(parameters, threshold, self.norm_type)
         if max_norm is not None:
-            norm = _functions().clip_grad_norm_(self._parameters(), max_norm, self.norm_type)
+            norm = clip.clip_grad_norm_(self._parameters(), max_norm, self.norm_type)
             self._last = norm, max_norm
 
     def _threshold(self, value: Threshold, argument: str = "max_norm") -> float | Tensor:
@@ -218,7 +224,7 @@ class ClippedOptimizer(Optimizer):
         """Reads the norm and returns what the optimizer has to divide by, None for 1."""
         grad_scale = getattr(self, "grad_scale", None)
         reason = None
-        if _C and not torch.compiler.is_compiling():
+        if _C:
             prepared = _C.prepare_step(parameters, max_norm, self.norm_type, grad_scale, False)
             if prepared is None:  # no gradients
                 prepared = torch.tensor(0.0), grad_scale, None
@@ -229,7 +235,7 @@ class ClippedOptimizer(Optimizer):
         if self.fold is True and reason == "sparse":
             raise ValueError("fold: expected with True dense gradients, got a sparse one")
         with torch.no_grad():
-            norm = _functions().get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
+            norm = clip.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
             self._last = norm if grad_scale is None else norm / grad_scale, max_norm
             return ((1 if grad_scale is None else grad_scale) / self.last_clip_coef).float()
@@ -314,11 +320,6 @@ class ClippedOptimizer(Optimizer):
         self._honours_grad_scale = _honours_grad_scale(self.optimizer)
         for name in _HOOKS:
             self.__dict__.setdefault(name, OrderedDict())
-
-
-def _functions():
-    """Where the clipping functions are: while torch.compile traces a step, torch's own, which it knows how to trace."""
-    return _torch_functions if torch.compiler.is_compiling() else clip
 
 
 def _forget(optimizer: Optimizer) -> None:

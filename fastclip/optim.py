@@ -167,17 +167,19 @@ class ClippedOptimizer(Optimizer):
                 "ClippedOptimizer.step() was called during the backward pass (from a gradient hook, as an optimizer in "
                 "backward does it): no norm over all gradients exists then. Step after backward(), or use clip_value"
             )
-        self._check_fold()
+        folds = self._folds
         if self._prepared is not None:
             (grad_scale,) = self._prepared
-        elif self._folds:
+        elif folds:
             grad_scale = self._read_norm(self._parameters(), self._threshold(self._max_norm))
         else:
+            self._check_fold()
             return self._clip_in_place()
         # Without a grad_scale the optimizer does not write the gradients.
-        for name, value in (("grad_scale", grad_scale), ("found_inf", getattr(self, "found_inf", None))):
-            if value is not None:
-                setattr(self.optimizer, name, value)
+        if grad_scale is not None:
+            self.optimizer.grad_scale = grad_scale
+        if "found_inf" in self.__dict__:
+            self.optimizer.found_inf = self.found_inf
 
     def _clip_in_place(self) -> None:
         # All thresholds are read before anything is clipped, since one may be wrong.
@@ -222,7 +224,7 @@ class ClippedOptimizer(Optimizer):
 
     def _read_norm(self, parameters: list[Tensor], max_norm: float | Tensor) -> Tensor | None:
         """Reads the norm and returns what the optimizer has to divide by, None for 1."""
-        grad_scale = getattr(self, "grad_scale", None)
+        grad_scale = self.__dict__.get("grad_scale")
         reason = None
         if _C:
             prepared = _C.prepare_step(parameters, max_norm, self.norm_type, grad_scale, False)

@@ -552,6 +552,58 @@ def test_distributed_checkpoints():
     assert third.param_groups[0]["lr"] == 0.01
 
 
+@fused
+@pytest.mark.parametrize("inside", [False, True], ids=["wrapper", "inner"])
+def test_compiled_steps(make, inside):
+    plain, model = make_model(), make_model()
+    bare, optimizer = make(plain.parameters()), ClippedOptimizer(make(model.parameters()), 1.0)
+    if inside:
+        optimizer.optimizer.step = torch.compile(optimizer.optimizer.step, backend="eager")
+        step = optimizer.step
+    else:
+        step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in range(4):
+        optimizer.max_norm = 1e9 if number % 2 else 1.0
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+            q.grad = p.grad.clone()
+        norm = fastclip.clip_grad_norm_(plain.parameters(), optimizer.max_norm)
+        bare.step()
+        step()
+        assert optimizer.last_total_norm == norm and not left_behind(optimizer)
+    torch.testing.assert_close(weights(model), weights(plain), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_a_sharded_model():
+    code = """
+import torch, fastclip
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from test_optim import backward, make_model
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+for fused, fold in ((True, True), (True, False), (False, "auto")):
+    plain, model = make_model(), make_model()
+    fully_shard(model, mesh=mesh)
+    bare = torch.optim.AdamW(plain.parameters(), 0.01, fused=fused)
+    optimizer = fastclip.ClippedOptimizer(torch.optim.AdamW(model.parameters(), 0.01, fused=fused), 0.05, fold=fold)
+    for step in range(4):
+        for m, o in ((plain, bare), (model, optimizer)):
+            o.zero_grad()
+            backward(m, step)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+        bare.step()
+        optimizer.step()
+        got = optimizer.last_total_norm
+        torch.testing.assert_close(got.full_tensor() if hasattr(got, "full_tensor") else got, norm)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_memory_stays_flat_over_ten_thousand_steps():
     code = """
 import resource, gc, torch, fastclip

@@ -28,13 +28,16 @@ class Case:
         return self.elements * self.dtype.itemsize
 
 
-def gpt2_small() -> Shapes:
-    """GPT-2 small (Radford et al. 2019): 12 layers of width 768, tied head; 148 tensors, 124.4 million elements."""
+def gpt2_small(layers: int = 12) -> Shapes:
+    """GPT-2 small (Radford et al. 2019): 12 layers of width 768, tied head; 148 tensors, 124.4 million elements.
+
+    With 6 layers it is DistilGPT-2: 76 tensors, 81.9 million elements.
+    """
     width = 768
     norm = [(width,), (width,)]
     attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
     mlp = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(50257, width), (1024, width), *(12 * (norm + attention + norm + mlp)), *norm]
+    return [(50257, width), (1024, width), *(layers * (norm + attention + norm + mlp)), *norm]
 
 
 def lstm_text_model() -> Shapes:

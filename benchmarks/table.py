@@ -10,7 +10,7 @@ def markdown(report: dict) -> str:
         f"torch {report['fastclip']['torch']}, fastclip {report['fastclip']['version']} "
         f"({report['fastclip']['cpu_kernels']}).",
         "",
-        *_table([HEAD, *(row for result in report["results"] for row in _rows(result))]),
+        *table([HEAD, *(row for result in report["results"] for row in _rows(result))]),
         "",
         "Medians of paired rounds, with the quartiles of the speed-up. GB/s: bytes that clipping has to move (read "
         "once; clipped: read twice, written once) over time, caches included. The ceiling is the fastest way found to "
@@ -33,8 +33,8 @@ def _rows(result: dict) -> list[list[str]]:
             [
                 result["case"] if first else "",
                 mode,
-                _time(row["torch_us"]),
-                _time(row["fastclip_us"]),
+                duration(row["torch_us"]),
+                duration(row["fastclip_us"]),
                 "{:.2f}x ({:.2f}-{:.2f})".format(row["speedup"], *row["speedup_quartiles"]),
                 aim,
                 f"{row['gb_per_s']:.1f}",
@@ -46,11 +46,11 @@ def _rows(result: dict) -> list[list[str]]:
     return rows
 
 
-def _time(microseconds: float) -> str:
+def duration(microseconds: float) -> str:
     return f"{microseconds / 1000:,.2f} ms" if microseconds >= 1000 else f"{microseconds:.1f} us"
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def table(rows: list[list[str]]) -> list[str]:
     """Markdown with padded columns, so that it reads well in a terminal too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -199,6 +199,13 @@ py::object to_python(const at::Tensor& tensor) {
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
 }
 
+// (total_norm, grad_scale or None, found_inf)
+py::object to_python(const Prepared& prepared) {
+  return py::make_tuple(to_python(prepared.total_norm),
+                        prepared.grad_scale.defined() ? to_python(prepared.grad_scale) : py::none(),
+                        to_python(prepared.found_inf));
+}
+
 py::object nothing_to_do() {
   count_native_call();
   return py::none();
@@ -237,6 +244,22 @@ py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handl
   collect(grads, parameters.ptr(), Items::Parameters);
   return with_norm_type(grads, p,
                         [&](NormType type) { return fastclip::clip_grad_norm(grads, threshold, type, error); });
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::object prepare_step(py::handle parameters, py::handle max_norm, py::handle norm_type, py::handle grad_scale,
+                        bool in_place) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::prepare_step", {});
+  const double p = to_double(norm_type, "norm_type");
+  const Number threshold = to_number(max_norm, "max_norm");
+  const Number scale = grad_scale.is_none() ? Number{1, {}} : to_number(grad_scale, "grad_scale");
+  Gradients grads(in_place ? Access::Write : Access::Read, expected_size(parameters));
+  collect(grads, parameters.ptr(), Items::Parameters);
+  // torch.amp.GradScaler refuses these, since they lose what scaling has kept; not where the optimizer unscales.
+  if (in_place && grads.has(DType::F16)) return py::str("unscaling float16");
+  return with_norm_type(grads, p,
+                        [&](NormType type) { return fastclip::prepare_step(grads, threshold, type, scale, in_place); });
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
@@ -290,7 +313,7 @@ py::object norm_of(py::handle grads_list, double p) {
   Gradients grads(Access::Read, expected_size(grads_list));
   collect(grads, grads_list.ptr(), Items::Tensors);
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
-  if (grads.none()) return to_python(norm_tensor(0, at::kDouble));
+  if (grads.none()) return to_python(number_tensor(0, at::kDouble));
   grads.keep_norm_unrounded();
   return to_python(run(grads, [&] { return fastclip::get_total_norm(grads, *fused_norm_type(p), false); }));
   END_HANDLE_TH_ERRORS_PYBIND
@@ -335,6 +358,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_by_norm_", &fc::scale_by_norm_);
   m.def("clamp_", &fc::clamp_);
   m.def("count_native_call", &fc::count_native_call);
+  m.def("prepare_step", &fc::prepare_step);
   m.def("native_calls", [] { return fc::native_calls.load(); });
   m.def("reset_native_calls", [] { fc::native_calls.store(0); });
   m.def("kernels", [] { return std::string(fastclip::cpu::kernels().name); });

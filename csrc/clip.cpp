@@ -62,13 +62,6 @@ const char* torch_is_watched() {
   return nullptr;
 }
 
-// A factor for Tensor::mul_, which rounds a tensor to float32 for half types, but a Scalar to the half type itself.
-at::Tensor scalar_tensor(double value) {
-  at::Tensor tensor = at::detail::empty_cpu({}, at::kDouble);
-  *tensor.mutable_data_ptr<double>() = value;
-  return tensor;
-}
-
 // Calls visit with contiguous copies of the parts of a tensor with gaps: the copies never take more than this.
 constexpr int64_t kPieceBytes = 1 << 19;
 
@@ -164,7 +157,6 @@ void Gradients::own_all() {
 }
 
 void Gradients::check_clip_value(double clip_value) const {
-  const auto has = [this](DType dtype) { return dtypes_ >> static_cast<int>(dtype) & 1; };
   if (has(DType::F16)) c10::checked_convert<at::Half>(clip_value, "c10::Half");
   if (has(DType::BF16)) c10::checked_convert<at::BFloat16>(clip_value, "c10::BFloat16");
   if (has(DType::F32)) c10::checked_convert<float>(clip_value, "float");
@@ -187,8 +179,9 @@ void scale(Group& group, double coef) {
   for (at::TensorImpl* impl : group.impls) impl->bump_version();
   const Factors factors(coef);
   for (const Gapped& grad : group.gapped) {
-    grad.tensor.mul_(scalar_tensor(factors.first));
-    if (factors.second != 1) grad.tensor.mul_(scalar_tensor(factors.second));
+    // A tensor, which mul_ rounds to float32 for half types; it rounds a Scalar to the half type itself.
+    grad.tensor.mul_(number_tensor(factors.first, at::kDouble));
+    if (factors.second != 1) grad.tensor.mul_(number_tensor(factors.second, at::kDouble));
   }
 }
 
@@ -204,12 +197,12 @@ double rounded(double total_norm, at::ScalarType norm_dtype) {
   return norm_dtype == at::kDouble ? total_norm : static_cast<float>(total_norm);
 }
 
-at::Tensor norm_tensor(double total_norm, at::ScalarType norm_dtype) {
-  at::Tensor result = at::detail::empty_cpu({}, norm_dtype);
-  if (norm_dtype == at::kDouble) {
-    *result.mutable_data_ptr<double>() = total_norm;
+at::Tensor number_tensor(double value, at::ScalarType dtype) {
+  at::Tensor result = at::detail::empty_cpu({}, dtype);
+  if (dtype == at::kDouble) {
+    *result.mutable_data_ptr<double>() = value;
   } else {
-    *result.mutable_data_ptr<float>() = static_cast<float>(total_norm);
+    *result.mutable_data_ptr<float>() = static_cast<float>(value);
   }
   return result;
 }
@@ -226,6 +219,17 @@ double coef_for(double max_norm, double total_norm, double returned_norm) {
   return clip_coef(max_norm, std::isfinite(returned_norm) ? total_norm : returned_norm);
 }
 
+double step_factor(double max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype) {
+  const double norm = scaled_norm / grad_scale;
+  return coef_for(max_norm, norm, rounded(norm, norm_dtype)) / grad_scale;
+}
+
+Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, at::ScalarType norm_dtype) {
+  return {number_tensor(scaled_norm / grad_scale, norm_dtype),
+          must_scale(factor) ? number_tensor(1 / factor, at::kFloat) : at::Tensor(),
+          number_tensor(std::isfinite(scaled_norm) ? 0 : 1, at::kFloat)};
+}
+
 // The only place where a backend is chosen. What is all on the CPU is done here.
 
 at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite) {
@@ -234,7 +238,7 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
 #endif
   const double norm = rounded(total_norm(grads.groups().front(), type), grads.norm_dtype());
   if (error_if_nonfinite) check_finite(norm, type);
-  return norm_tensor(norm, grads.norm_dtype());
+  return number_tensor(norm, grads.norm_dtype());
 }
 
 at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite) {
@@ -244,10 +248,23 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
   Group& group = grads.groups().front();
   const double norm = total_norm(group, type), returned_norm = rounded(norm, grads.norm_dtype());
   if (error_if_nonfinite) check_finite(returned_norm, type);
-  at::Tensor result = norm_tensor(norm, grads.norm_dtype());  // before anything is written: it may be out of memory
+  at::Tensor result = number_tensor(norm, grads.norm_dtype());  // before anything is written: it may be out of memory
   const double coef = coef_for(max_norm.here(), norm, returned_norm);
   if (must_scale(coef)) scale(group, coef);
   return result;
+}
+
+Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale,
+                      bool in_place) {
+#ifdef FASTCLIP_CUDA
+  if (!grads.only_on_cpu()) return cuda::prepare_step(grads, max_norm, type, grad_scale, in_place);
+#endif
+  Group& group = grads.groups().front();
+  const double norm = total_norm(group, type), scaled_by = grad_scale.here();
+  const double factor = step_factor(max_norm.here(), norm, scaled_by, grads.norm_dtype());
+  Prepared prepared = prepared_tensors(norm, scaled_by, factor, grads.norm_dtype());
+  if (in_place && std::isfinite(norm) && must_scale(factor)) scale(group, factor);
+  return prepared;
 }
 
 void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm) {

@@ -64,6 +64,7 @@ class Gradients {
   bool has_empty() const { return has_empty_; }
   const std::string& fallback_reason() const { return fallback_reason_; }
   int64_t bytes() const { return bytes_; }
+  bool has(DType dtype) const { return dtypes_ >> static_cast<int>(dtype) & 1; }
   // The promotion of the gradients' dtypes, at least float32.
   at::ScalarType norm_dtype() const { return any_double_ ? at::kDouble : at::kFloat; }
   // Makes norm_dtype() float64: the norm is left as it was computed.
@@ -95,7 +96,7 @@ void clamp(Group& group, double clip_value);
 
 // A norm as users get it: rounded to norm_dtype(), and as a 0-d tensor on the CPU.
 double rounded(double total_norm, at::ScalarType norm_dtype);
-at::Tensor norm_tensor(double total_norm, at::ScalarType norm_dtype);
+at::Tensor number_tensor(double value, at::ScalarType dtype);  // float32 or float64
 
 // Throws torch's error when the norm that the user would get is not finite.
 void check_finite(double returned_norm, NormType type);
@@ -104,10 +105,29 @@ void check_finite(double returned_norm, NormType type);
 // finite becomes 0, what was infinite NaN.
 double coef_for(double max_norm, double total_norm, double returned_norm);
 
-// The four functions, on packed gradients.
+// What an optimizer's step has to know of its gradients, as 0-d tensors on the device of the first one.
+struct Prepared {
+  at::Tensor total_norm;  // as get_total_norm has it, of the gradients divided by the grad_scale that they came with
+  at::Tensor grad_scale;  // float32: dividing by it unscales and clips them. Undefined where it is known to be 1.
+  at::Tensor found_inf;   // float32: 1 if one of them is inf or NaN, else 0
+};
+
+// What gradients that are multiplied by grad_scale have to be multiplied by to be unscaled and clipped.
+double step_factor(double max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype);
+Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, at::ScalarType norm_dtype);
+
+// The functions of fastclip._C, on packed gradients.
 at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite);
 at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite);
 void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm);
 void clip_grad_value(Gradients& grads, double clip_value);
+
+// Prepares the step of an optimizer whose gradients are still multiplied by grad_scale. Reads them once. In place: also
+// divides them by the result's grad_scale, unless one of them is inf or NaN, since then the step is left out.
+//
+// Whether one is shows in the norm, unrounded: it is finite exactly when all of them are. A sum of squares of finite
+// float32 is at most 2^256 times their number, and float64 reaches to 2^1024. Only float64 gradients can have a norm
+// beyond their dtype, above 1.8e308; that counts as inf.
+Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place);
 
 }  // namespace fastclip

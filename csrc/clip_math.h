@@ -35,9 +35,10 @@ FASTCLIP_HOST_DEVICE inline double clip_coef(double max_norm, double total_norm)
   return coef > 1 ? 1 : coef;
 }
 
-// Whether gradients have to be written: a coefficient of 1 changes nothing, NaN does.
+// Whether gradients have to be written: a coefficient of 1 changes nothing, NaN does, and so does one above 1, which
+// only gradients with a grad_scale below 1 have.
 FASTCLIP_HOST_DEVICE inline bool must_scale(double coef) {
-  return !(coef >= 1);
+  return coef != 1;
 }
 
 // A coefficient is applied as one factor, or, where float32 would round it to a subnormal number or to zero

@@ -4,11 +4,15 @@ import os
 
 from fastclip._native import build_info
 from fastclip._version import __version__
+from fastclip.amp import GradScaler
 from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from fastclip.counters import counters, reset_counters
+from fastclip.optim import ClippedOptimizer
 from fastclip.patching import is_patched, patch, patched, unpatch
 
 __all__ = [
+    "ClippedOptimizer",
+    "GradScaler",
     "__version__",
     "build_info",
     "clip_grad_norm_",

@@ -79,6 +79,8 @@ class Part {
 
   at::Tensor norm(at::ScalarType dtype) const { return view(storage_, dtype, 0, {}); }
   at::Tensor coef() const { return view(storage_, at::kDouble, offsetof(Results, coef), {}); }
+  at::Tensor grad_scale() const { return view(storage_, at::kFloat, offsetof(Results, grad_scale), {}); }
+  at::Tensor found_inf() const { return view(storage_, at::kFloat, offsetof(Results, found_inf), {}); }
   // The coefficient and the two factors that it is applied as.
   at::Tensor factors() const { return view(storage_, at::kDouble, offsetof(Results, coef), {3}); }
   at::Tensor partial_norms(int from, int count) const {
@@ -95,6 +97,7 @@ class Part {
   // A job with everything in it but the task and the source.
   Job new_job() const {
     Job job{};
+    job.grad_scale.value = 1;
     job.scale_rows = scale_rows_;
     job.partials = all_partials_;
     job.results = storage_ ? static_cast<Results*>(storage_.mutable_data()) : nullptr;
@@ -171,6 +174,14 @@ class Part {
   c10::Storage storage_;  // Results
 };
 
+at::Tensor factors_tensor(double coef) {
+  const Factors factors(coef);
+  at::Tensor tensor = at::detail::empty_cpu({3}, at::kDouble);
+  double* values = tensor.mutable_data_ptr<double>();
+  values[0] = coef, values[1] = factors.first, values[2] = factors.second;
+  return tensor;
+}
+
 // All devices of a call.
 struct Call {
   Call(Gradients& grads, Plan plan) : dtype(grads.norm_dtype()) {
@@ -200,7 +211,7 @@ struct Call {
       lead().partial_norms(at, part.partials()).copy_(part.partial_norms(0, part.partials()), true);
       at += part.partials();
     }
-    if (cpu) lead().partial_norms(at, 1).copy_(norm_tensor(total_norm(*cpu, type), at::kDouble).view({1}), true);
+    if (cpu) lead().partial_norms(at, 1).copy_(number_tensor(total_norm(*cpu, type), at::kDouble).view({1}), true);
   }
 
   // Scales on all but the leading device, by the leading device's coefficient.
@@ -215,6 +226,18 @@ struct Call {
     if (!cpu) return;
     const double coef = lead().coef().item().toDouble();  // waits
     if (must_scale(coef)) scale(*cpu, coef);
+  }
+
+  // Scales everywhere by a coefficient that the host knows.
+  void scale_all(double coef) {
+    for (const Part& part : parts) {
+      part.factors().copy_(factors_tensor(coef), true);
+      Job job = part.new_job();
+      job.source = Source::Coef;
+      part.scale(job);
+      part.finish_scaling();
+    }
+    scale(*cpu, coef);
   }
 
   // The norm, for the host. Waits.
@@ -266,7 +289,7 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
   Call call(grads, {.reduces = true, .writes = false});
   at::Tensor norm;
   if (call.host_leads) {
-    norm = norm_tensor(call.norm_here(type), call.dtype);
+    norm = number_tensor(call.norm_here(type), call.dtype);
   } else {
     call.gather(type);
     call.lead().norm(norm_job(call, type));
@@ -276,28 +299,12 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
   return norm;
 }
 
-static at::Tensor factors_tensor(double coef) {
-  const Factors factors(coef);
-  at::Tensor tensor = at::detail::empty_cpu({3}, at::kDouble);
-  double* values = tensor.mutable_data_ptr<double>();
-  values[0] = coef, values[1] = factors.first, values[2] = factors.second;
-  return tensor;
-}
-
 static at::Tensor clip_led_by_host(Call& call, double max_norm, NormType type, bool error_if_nonfinite) {
   const double total_norm = call.norm_here(type), returned_norm = rounded(total_norm, call.dtype);
   if (error_if_nonfinite) check_finite(returned_norm, type);
-  at::Tensor result = norm_tensor(returned_norm, call.dtype);
+  at::Tensor result = number_tensor(returned_norm, call.dtype);
   const double coef = coef_for(max_norm, total_norm, returned_norm);
-  if (!must_scale(coef)) return result;
-  for (const Part& part : call.parts) {
-    part.factors().copy_(factors_tensor(coef), true);
-    Job job = part.new_job();
-    job.source = Source::Coef;
-    part.scale(job);
-    part.finish_scaling();
-  }
-  scale(*call.cpu, coef);
+  if (must_scale(coef)) call.scale_all(coef);
   return result;
 }
 
@@ -316,6 +323,32 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
   call.lead().finish_scaling();
   call.scale_others();
   return norm;
+}
+
+Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale,
+                      bool in_place) {
+  Call call(grads, {.reduces = true, .writes = in_place});
+  if (call.host_leads) {
+    const double norm = call.norm_here(type), scaled_by = grad_scale.here();
+    const double factor = step_factor(max_norm.here(), norm, scaled_by, call.dtype);
+    if (in_place && std::isfinite(norm) && must_scale(factor)) call.scale_all(factor);
+    return prepared_tensors(norm, scaled_by, factor, call.dtype);
+  }
+
+  std::vector<at::Tensor> kept;
+  call.gather(type);
+  Job job = norm_job(call, type);
+  job.max_norm = operand(max_norm, call.lead().group.device, kept);
+  job.grad_scale = operand(grad_scale, call.lead().group.device, kept);
+  job.spare_found_inf = in_place;
+  if (in_place) {
+    call.lead().reduce_then_scale(job);
+    call.lead().finish_scaling();
+    call.scale_others();
+  } else {
+    call.lead().norm(job);
+  }
+  return {call.lead().norm(call.dtype), call.lead().grad_scale(), call.lead().found_inf()};
 }
 
 void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm) {

@@ -1,4 +1,4 @@
-// The four functions, for gradients of which some are on CUDA devices.
+// The functions of clip.h, for gradients of which some are on CUDA devices.
 #pragma once
 
 #include "../clip.h"
@@ -9,5 +9,6 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
 at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite);
 void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm);
 void clip_grad_value(Gradients& grads, double clip_value);
+Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place);
 
 }  // namespace fastclip::cuda

@@ -572,10 +572,13 @@ __device__ void clamp_share(const Job& job, const Entry* entries) {
 // For thread 0: the coefficient. Block 0 leaves the norm and the coefficient behind.
 __device__ double decide(const Job& job, double total_norm) {
   if (job.source == Source::Coef) return job.results->coef;
+  const bool found_inf = !isfinite(total_norm);
+  const double grad_scale = read(job.grad_scale);
+  total_norm /= grad_scale;
   const double returned = job.norm_is_f64 ? total_norm : static_cast<float>(total_norm);
   // Where the user gets inf, torch's results hold: everything finite becomes 0, what was infinite NaN.
-  double coef = clip_coef(read(job.max_norm), isfinite(returned) ? total_norm : returned);
-  if (job.spare_nonfinite && !isfinite(returned)) coef = 1;
+  double coef = clip_coef(read(job.max_norm), isfinite(returned) ? total_norm : returned) / grad_scale;
+  if ((job.spare_nonfinite && !isfinite(returned)) || (job.spare_found_inf && found_inf)) coef = 1;
   if (blockIdx.x == 0 && job.results) {
     Results& results = *job.results;
     if (job.norm_is_f64) {
@@ -585,6 +588,7 @@ __device__ double decide(const Job& job, double total_norm) {
     }
     const Factors factors(coef);
     results.coef = coef, results.first = factors.first, results.second = factors.second;
+    results.grad_scale = static_cast<float>(1 / coef), results.found_inf = found_inf;
   }
   return coef;
 }

@@ -51,6 +51,8 @@ struct Results {
   };
   double coef;              // the clip coefficient, and
   double first, second;     // the factors that it is applied as, see Factors
+  float grad_scale;         // 1 / coef: what an optimizer has to divide by
+  float found_inf;          // 1 if a gradient is inf or NaN, else 0
   double partial_norms[1];  // one a block, in the order of the shares
 
   // Shares are contiguous. So when later a result for every (block, gradient) pair is wanted, block + gradient numbers
@@ -74,12 +76,14 @@ struct Job {
   Source source;
   bool norm_is_f64;      // the dtype of the norm that the user gets
   bool spare_nonfinite;  // scale nothing when that norm is not finite: the caller will raise an error
+  bool spare_found_inf;  // scale nothing when a gradient is not finite: the step will be left out
   int entries;
   int partials;  // how many partial norms are combined: own blocks, then those of other devices
   int64_t rows;
   int64_t scale_rows;  // only the first of them are written: copies of gradients with gaps stand behind them
   Results* results;
   Operand max_norm, total_norm;
+  Operand grad_scale;  // what the gradients are still multiplied by, and will be divided by
   double clip_value;
 };
 

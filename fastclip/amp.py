@@ -1,0 +1,38 @@
+"""A GradScaler that unscales, checks for inf and NaN, takes the norm and clips in one pass over the gradients."""
+
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import OptState
+
+from fastclip.optim import ClippedOptimizer
+
+
+class GradScaler(torch.amp.GradScaler):
+    """``torch.amp.GradScaler``, except in ``step(optimizer)`` of a ``ClippedOptimizer`` that was not unscaled before.
+
+    torch's reads and writes all gradients to unscale and check them, before they are clipped. Here one reading of the
+    norm finds infs and NaNs too, and one factor unscales and clips: inside the step where it folds, else in place. When
+    a gradient is not finite, the gradients stay as they were.
+
+    Whatever else, and what has to go through torch's own functions (sparse gradients, norms other than 1, 2 and inf,
+    ``clip_value``, thresholds of single groups), is done as in torch.
+    """
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(optimizer, ClippedOptimizer) or any(x is not None for x in (*args, *kwargs.values())):
+            return super().step(optimizer, *args, **kwargs)
+        try:
+            if self._enabled and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+                self._prepare(optimizer)
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            optimizer._prepared = None
+
+    def _prepare(self, optimizer: ClippedOptimizer) -> None:
+        scale, _ = self._check_scale_growth_tracker("step")
+        found_inf = optimizer._prepare_scaled(scale)
+        if found_inf is not None:
+            state = self._per_optimizer_states[id(optimizer)]
+            state["stage"] = OptState.UNSCALED  # for torch's step: leave the gradients alone
+            state["found_inf_per_device"] = {found_inf.device: found_inf}

@@ -1,0 +1,356 @@
+"""The optimizer wrapper: clipping as a part of the step, folded into it where the optimizer can scale gradients."""
+
+import functools
+import inspect
+import numbers
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from fastclip import clip
+from fastclip._native import _C
+
+Threshold = float | Tensor | Callable[[int], float | Tensor]
+
+# What torch.amp.GradScaler leaves on an optimizer for the time of its step: divide gradients by the one; do nothing
+# where the other is 1.
+_AMP_ATTRIBUTES = "grad_scale", "found_inf"
+_HOOKS = [
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+]
+
+
+def _with_hooks(step: Callable) -> Callable:
+    """Runs the hooks of this very optimizer around a step. Those of all optimizers run once, around the inner step."""
+
+    def hooked(*args, **kwargs):
+        self = args[0]
+        try:
+            for hook in self._optimizer_step_pre_hooks.values():
+                args, kwargs = _first_given(hook(self, args, kwargs), (args, kwargs))
+            result = step(*args, **kwargs)
+            for hook in self._optimizer_step_post_hooks.values():
+                hook(self, args, kwargs)
+            return result
+        except BaseException:
+            _forget(self)  # a GradScaler does it after a step that ended well
+            raise
+        finally:
+            _forget(self.optimizer)
+
+    outside = torch._disable_dynamo(hooked)
+
+    @functools.wraps(step)
+    def run(*args, **kwargs):
+        # torch.compile leaves its graph for the step. Always calling `outside` would cost 2 us.
+        return (outside if torch.compiler.is_compiling() else hooked)(*args, **kwargs)
+
+    run.hooked = True  # or torch would put its own around it
+    return run
+
+
+def _of_the_optimizer(name: str) -> property:
+    return property(
+        lambda self: getattr(self.optimizer, name), lambda self, value: setattr(self.optimizer, name, value)
+    )
+
+
+class ClippedOptimizer(Optimizer):
+    """Wraps an optimizer so that ``step()`` clips the gradients first; everything else is the optimizer's own.
+
+    Torch's fused optimizers divide gradients by an attribute ``grad_scale`` while they step. There the clip costs
+    nothing but the reading of the norm: ``1 / clip_coef`` goes in as ``grad_scale``. Others are clipped in place.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``; stays reachable as ``.optimizer``.
+        max_norm: the threshold for the common norm of all gradients: a number >= 0, a 0-d tensor, or a callable that is
+            given ``.steps``, the number of steps taken before. May be set at any time. None: only groups with a
+            threshold of their own are clipped.
+        norm_type: order of the norm, see ``fastclip.clip_grad_norm_``.
+        fold: "auto" folds where it is possible, False clips in place, True raises where it is not possible.
+        clip_value: clips each element to ``[-clip_value, clip_value]`` instead, in place.
+
+    A parameter group may have a threshold of its own, ``param_groups[i]["max_norm"]`` (None: it is not clipped). It is
+    then clipped by its own norm, in place, and no part of the common norm; groups without the key share that one.
+
+    Raises:
+        TypeError: ``optimizer`` is not an optimizer or is a ClippedOptimizer; a threshold is not a number.
+        ValueError: a threshold is negative or NaN, or both thresholds are given; ``fold=True`` is not possible.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_norm: Threshold | None = None,
+        norm_type: float = 2.0,
+        fold: bool | str = "auto",
+        *,
+        clip_value: float | None = None,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, ClippedOptimizer):
+            raise TypeError("optimizer: expected one that is not clipped already, got ClippedOptimizer")
+        if not (isinstance(fold, bool) or fold == "auto"):
+            raise ValueError(f'fold: expected "auto", True or False, got {fold!r}')
+        if clip_value is not None and max_norm is not None:
+            raise ValueError("clip_value: expected None beside max_norm, got both")
+        if clip_value is not None:
+            _number(clip_value, "clip_value")
+        self.__setstate__(
+            {"optimizer": optimizer, "norm_type": norm_type, "fold": fold, "clip_value": clip_value, "steps": 0}
+        )
+        self.max_norm = max_norm
+        self._check_fold()
+
+    @property
+    def max_norm(self) -> Threshold | None:
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: Threshold | None) -> None:
+        if value is not None and not callable(value):
+            _number(value, "max_norm")
+        self._max_norm = value
+
+    @property
+    def last_total_norm(self) -> Tensor | None:
+        """The common norm at the last step, unscaled, before clipping: 0-d, as ``clip_grad_norm_`` returns it."""
+        return self._last[0]
+
+    @property
+    def last_clip_coef(self) -> Tensor | None:
+        """What the gradients were multiplied by at the last step: 0-d, on the norm's device. Nothing waits for it."""
+        norm, max_norm = self._last
+        return None if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1)
+
+    # ---- the step ----
+
+    @_with_hooks
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Clips and steps; returns what the optimizer returns.
+
+        With a closure, the gradients of each of its evaluations are clipped (LBFGS makes several in a step).
+
+        Raises:
+            RuntimeError: called during the backward pass, when only a part of the gradients exists.
+            ValueError: a threshold is negative or NaN; ``fold=True`` is not possible. Nothing has been changed then.
+        """
+        if closure is None:
+            self._clip()
+            result = self.optimizer.step()
+        else:
+            result = self.optimizer.step(lambda: self._evaluate(closure))
+        self.steps += 1
+        return result
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        self._clip()
+        return loss
+
+    def _clip(self) -> None:
+        if self.clip_value is not None:
+            clip.clip_grad_value_(self._parameters(), self.clip_value)
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "ClippedOptimizer.step() was called during the backward pass (from a gradient hook, as an optimizer in "
+                "backward does it): no norm over all gradients exists then. Step after backward(), or use clip_value"
+            )
+        folds = self._folds
+        if self._prepared is not None:
+            (grad_scale,) = self._prepared
+        elif folds:
+            grad_scale = self._read_norm(self._parameters(), self._threshold(self._max_norm))
+        else:
+            self._check_fold()
+            return self._clip_in_place()
+        # Without a grad_scale the optimizer does not write the gradients.
+        if grad_scale is not None:
+            self.optimizer.grad_scale = grad_scale
+        if "found_inf" in self.__dict__:
+            self.optimizer.found_inf = self.found_inf
+
+    def _clip_in_place(self) -> None:
+        # All thresholds are read before anything is clipped, since one may be wrong.
+        own = [
+            (group["params"], self._threshold(group["max_norm"], f"param_groups[{i}]['max_norm']"))
+            for i, group in enumerate(self.param_groups)
+            if group.get("max_norm") is not None
+        ]
+        max_norm = None if self._max_norm is None else self._threshold(self._max_norm)
+        for parameters, threshold in own:
+            clip.clip_grad_norm_(parameters, threshold, self.norm_type)
+        if max_norm is not None:
+            norm = clip.clip_grad_norm_(self._parameters(), max_norm, self.norm_type)
+            self._last = norm, max_norm
+
+    def _threshold(self, value: Threshold, argument: str = "max_norm") -> float | Tensor:
+        return _number(value(self.steps) if callable(value) else value, argument)
+
+    # ---- folding ----
+
+    @property
+    def _folds(self) -> bool:
+        return (
+            self.fold is not False
+            and self._honours_grad_scale
+            and self._max_norm is not None
+            and all("max_norm" not in group and group.get("fused", True) for group in self.param_groups)
+        )
+
+    # Asked by GradScaler. Where the step does not fold, it unscales the gradients and leaves bad steps out itself.
+    _step_supports_amp_scaling = _folds
+
+    def _check_fold(self) -> None:
+        if self.fold is True and not self._folds:
+            raise ValueError(
+                "fold: expected with True an optimizer that honours grad_scale (torch's SGD, Adam, AdamW, Adagrad with "
+                "fused=True in all groups) and one max_norm for all groups, got "
+                f"{type(self.optimizer).__name__}, max_norm={self._max_norm}, clip_value={self.clip_value}, groups "
+                f"with fused={[group.get('fused') for group in self.param_groups]}, "
+                f"max_norm={[group.get('max_norm', 'missing') for group in self.param_groups]}"
+            )
+
+    def _read_norm(self, parameters: list[Tensor], max_norm: float | Tensor) -> Tensor | None:
+        """Reads the norm and returns what the optimizer has to divide by, None for 1."""
+        grad_scale = self.__dict__.get("grad_scale")
+        reason = None
+        if _C:
+            prepared = _C.prepare_step(parameters, max_norm, self.norm_type, grad_scale, False)
+            if prepared is None:  # no gradients
+                prepared = torch.tensor(0.0), grad_scale, None
+            if type(prepared) is not str:
+                self._last = prepared[0], max_norm
+                return prepared[1]
+            reason = prepared
+        if self.fold is True and reason == "sparse":
+            raise ValueError("fold: expected with True dense gradients, got a sparse one")
+        with torch.no_grad():
+            norm = clip.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+            self._last = norm if grad_scale is None else norm / grad_scale, max_norm
+            return ((1 if grad_scale is None else grad_scale) / self.last_clip_coef).float()
+
+    def _prepare_scaled(self, grad_scale: Tensor) -> Tensor | None:
+        """For fastclip.GradScaler: reads the norm of gradients that are multiplied by ``grad_scale``, in one pass.
+
+        Where the step does not fold, that pass unscales and clips as well. Returns found_inf (0-d float32), or None
+        where torch's GradScaler has to do its part.
+        """
+        if not _C or self._max_norm is None or any("max_norm" in group for group in self.param_groups):
+            return None
+        max_norm = self._threshold(self._max_norm)
+        folds = self._folds
+        prepared = _C.prepare_step(self._parameters(), max_norm, self.norm_type, grad_scale, not folds)
+        if prepared is None or type(prepared) is str:
+            return None
+        self._last = prepared[0], max_norm
+        self._prepared = (prepared[1] if folds else None,)
+        return prepared[2]
+
+    # ---- everything else is the optimizer's ----
+
+    def _parameters(self) -> list[Tensor]:
+        """Those that have no threshold of their own."""
+        groups = [group for group in self.param_groups if "max_norm" not in group]
+        return groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
+
+    state = _of_the_optimizer("state")
+    param_groups = _of_the_optimizer("param_groups")
+    defaults = _of_the_optimizer("defaults")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's own, without a trace of the wrapper."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state_dict = self.optimizer.state_dict()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _first_given(hook(self, state_dict), state_dict)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what the optimizer's or the wrapper's ``state_dict()`` returned. Groups keep their thresholds."""
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _first_given(hook(self, state_dict), state_dict)
+        thresholds = [{name: group[name] for name in group if name == "max_norm"} for group in self.param_groups]
+        self.optimizer.load_state_dict(state_dict)
+        for group, threshold in zip(self.param_groups, thresholds, strict=True):
+            for name in threshold:
+                group.setdefault(name, threshold[name])
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getattr__(self, name: str) -> Any:
+        # What only some optimizers have, but nothing that a GradScaler may have left on the one inside.
+        if name == "optimizer" or name in _AMP_ATTRIBUTES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        limit = f"max_norm={self._max_norm}" if self.clip_value is None else f"clip_value={self.clip_value}"
+        return f"{type(self).__name__}({limit}, norm_type={self.norm_type}, fold={self.fold!r}) of {self.optimizer!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As in torch, hooks stay behind, and so does what schedulers put on an instance.
+        names = "optimizer", "_max_norm", "norm_type", "fold", "clip_value", "steps"
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "optimizer" not in state:
+            return self.optimizer.__setstate__(state)
+        self.__dict__.update(state)
+        self._last = None, None
+        self._prepared = None  # by fastclip.GradScaler: (what the optimizer has to divide by,)
+        self._honours_grad_scale = _honours_grad_scale(self.optimizer)
+        for name in _HOOKS:
+            self.__dict__.setdefault(name, OrderedDict())
+
+
+def _forget(optimizer: Optimizer) -> None:
+    for name in _AMP_ATTRIBUTES:
+        optimizer.__dict__.pop(name, None)
+
+
+def _first_given(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _number(value: float | Tensor, argument: str) -> float | Tensor:
+    """A threshold, if it is one. A tensor is not looked at: that might wait for a device."""
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
+    if not value >= 0:
+        raise ValueError(f"{argument}: expected a number >= 0, got {value!r}")
+    return value
+
+
+def _honours_grad_scale(optimizer: Optimizer) -> bool:
+    """Whether a step, fused if there is a choice, divides by grad_scale.
+
+    Others than torch's own say so as GradScaler expects it. torch's do it until they are pickled, which loses the
+    attribute. Some old ones ask for a grad_scaler instead.
+    """
+    if type(optimizer) in (SGD, Adam, AdamW, Adagrad):
+        return True
+    parameters = inspect.signature(optimizer.step).parameters
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and "grad_scaler" not in parameters

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from fastclip import _torch_functions
+from fastclip import _torch_functions, compiled
 from fastclip._native import _C
 from fastclip.counters import count_fallback
 
@@ -36,6 +37,8 @@ def get_total_norm(
         TypeError: an item is not a tensor or not of a floating-point dtype; the message has its index.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
     """
+    if is_dynamo_compiling():
+        return compiled.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     tensors = _as_sequence(tensors, "tensors")
     reason = _NOT_BUILT
     if _C:
@@ -80,6 +83,8 @@ def clip_grad_norm_(
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or, as in torch, a gradient cannot be
             written in place because several of its elements share one place in memory.
     """
+    if is_dynamo_compiling():
+        return compiled.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     given = parameters
     parameters = _as_sequence(parameters, "parameters")
     if not len(parameters) and isinstance(given, types.GeneratorType):
@@ -112,6 +117,8 @@ def clip_grads_with_norm_(
     Raises:
         TypeError, ValueError, RuntimeError: as ``clip_grad_norm_``.
     """
+    if is_dynamo_compiling():
+        return compiled.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     parameters = _as_sequence(parameters, "parameters")
     reason = _NOT_BUILT
     if _C:
@@ -138,6 +145,8 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         TypeError, ValueError: as ``clip_grad_norm_``.
         RuntimeError: a gradient's dtype cannot represent ``clip_value`` (1e6 in float16); or as ``clip_grad_norm_``.
     """
+    if is_dynamo_compiling():
+        return compiled.clip_grad_value_(parameters, clip_value, foreach)
     parameters = _as_sequence(parameters, "parameters")
     reason = _NOT_BUILT
     if _C:

@@ -101,7 +101,7 @@ void clip_grads_with_norm(TensorList tensors, const Number& max_norm, const Tens
       [&] { scale_by_torch(tensors, max_norm, total_norm); });
 }
 
-void clip_grad_value(TensorList tensors, double clip_value) {
+void clip_grad_value_float(TensorList tensors, double clip_value) {
   Gradients grads = collect(tensors, Access::Write, "grads");
   if (grads.none()) return;
   grads.check_clip_value(clip_value);
@@ -132,6 +132,10 @@ void clip_grads_with_norm_tensor(TensorList grads, const Tensor& max_norm, const
   clip_grads_with_norm(grads, to_number(max_norm), total_norm);
 }
 
+void clip_grad_value_tensor(TensorList grads, const Tensor& clip_value) {
+  clip_grad_value_float(grads, clip_value.item().toDouble());
+}
+
 }  // namespace
 
 std::map<std::string, int64_t> fallback_reasons() {
@@ -158,6 +162,7 @@ TORCH_LIBRARY(fastclip, m) {
   m.def("clip_grads_with_norm_(Tensor(a!)[] grads, float max_norm, Tensor total_norm) -> ()", tags);
   m.def("clip_grads_with_norm_.Tensor(Tensor(a!)[] grads, Tensor max_norm, Tensor total_norm) -> ()", tags);
   m.def("clip_grad_value_(Tensor(a!)[] grads, float clip_value) -> ()", tags);
+  m.def("clip_grad_value_.Tensor(Tensor(a!)[] grads, Tensor clip_value) -> ()", tags);
 }
 
 TORCH_LIBRARY_IMPL(fastclip, CompositeExplicitAutograd, m) {
@@ -167,5 +172,6 @@ TORCH_LIBRARY_IMPL(fastclip, CompositeExplicitAutograd, m) {
   m.impl("clip_grad_norm_.Tensor", &ops::clip_grad_norm_tensor);
   m.impl("clip_grads_with_norm_", &ops::clip_grads_with_norm_float);
   m.impl("clip_grads_with_norm_.Tensor", &ops::clip_grads_with_norm_tensor);
-  m.impl("clip_grad_value_", &ops::clip_grad_value);
+  m.impl("clip_grad_value_", &ops::clip_grad_value_float);
+  m.impl("clip_grad_value_.Tensor", &ops::clip_grad_value_tensor);
 }

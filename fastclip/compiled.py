@@ -1,4 +1,8 @@
-"""The four functions inside of torch.compile: what is traced puts one operator of csrc/ops.cpp into the graph."""
+"""The four functions inside of torch.compile: an operator of csrc/ops.cpp goes into the graph, or torch's own function.
+
+Thresholds go there as tensors: the number that a graph was traced with would be a constant in it, and every other one
+compiled anew. A tensor's product with a number is what torch.compile can keep open.
+"""
 
 import math
 
@@ -8,87 +12,92 @@ from torch import Tensor
 from fastclip import _torch_functions
 from fastclip._native import _C
 
-_FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_DEVICES = ("cpu",) if _C is None or _C.cuda is None else ("cpu", "cuda")
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DEVICES = ("cpu", "cuda") if _C and _C.cuda else ("cpu",)
 
 
-def get_total_norm(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None) -> Tensor:
-    tensors = _as_list(tensors)
-    norm_type = float(norm_type)
-    if not _is_fused(tensors, norm_type):
+def get_total_norm(tensors, norm_type, error_if_nonfinite, foreach) -> Tensor:
+    tensors, norm_type = _as_list(tensors), float(norm_type)
+    if not (_are_plain(tensors) and _is_fused(norm_type)):
         return _torch_functions.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     with torch.no_grad():
         return torch.ops.fastclip.get_total_norm(tensors, norm_type, error_if_nonfinite)
 
 
-def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None) -> Tensor:
-    parameters = _as_list(parameters)
-    norm_type = float(norm_type)
-    grads = _gradients(parameters)
-    if not _is_fused(grads, norm_type):
+def clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach) -> Tensor:
+    parameters, norm_type = _as_list(parameters), float(norm_type)
+    grads = _gradients_of(parameters)
+    if not (_are_plain(grads) and _is_fused(norm_type)):
         return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     with torch.no_grad():
-        return torch.ops.fastclip.clip_grad_norm_(grads, max_norm, norm_type, error_if_nonfinite)
+        limit = _as_tensor(max_norm, grads[0].device)
+        return torch.ops.fastclip.clip_grad_norm_(grads, limit, norm_type, error_if_nonfinite)
 
 
-def clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=None) -> None:
+def clip_grads_with_norm_(parameters, max_norm, total_norm, foreach) -> None:
     parameters = _as_list(parameters)
-    grads = _gradients(parameters)
-    if not _is_fused([*grads, total_norm] if grads else []):
+    grads = _gradients_of(parameters)
+    if not (_are_plain(grads) and _are_plain([total_norm])):
         return _torch_functions.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     with torch.no_grad():
-        torch.ops.fastclip.clip_grads_with_norm_(grads, max_norm, total_norm)
+        torch.ops.fastclip.clip_grads_with_norm_(grads, _as_tensor(max_norm, grads[0].device), total_norm)
 
 
-def clip_grad_value_(parameters, clip_value, foreach=None) -> None:
+def clip_grad_value_(parameters, clip_value, foreach) -> None:
     parameters = _as_list(parameters)
-    clip_value = float(clip_value)
-    grads = _gradients(parameters)
+    grads = _gradients_of(parameters)
     if not grads:
         return
-    if not _is_fused(grads):
+    if not _are_plain(grads):
         return _torch_functions.clip_grad_value_(parameters, clip_value, foreach)
     with torch.no_grad():
-        torch.ops.fastclip.clip_grad_value_(grads, clip_value)
+        torch.ops.fastclip.clip_grad_value_(grads, _as_tensor(clip_value, "cpu"))
 
 
 def _as_list(items):
     return [items] if isinstance(items, Tensor) else list(items)
 
 
-def _gradients(parameters):
+def _gradients_of(parameters):
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _is_fused(tensors, norm_type=2.0) -> bool:
-    """Whether the operator is the way: native code, gradients which it packs, and a norm that it computes."""
+def _as_tensor(number, device):
+    return number if isinstance(number, Tensor) else torch.ones((), dtype=torch.float64, device=device) * float(number)
+
+
+def _are_plain(tensors) -> bool:
+    """Whether there are tensors, and the operators can pack all of them."""
+    return _C is not None and len(tensors) > 0 and all(map(_is_plain, tensors))
+
+
+def _is_plain(tensor) -> bool:
     return (
-        _C is not None
-        and len(tensors) > 0
-        and norm_type in (1.0, 2.0, math.inf)
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.layout == torch.strided
-            and t.dtype in _FUSED_DTYPES
-            and t.device.type in _DEVICES
-            for t in tensors
-        )
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.dtype in _DTYPES
+        and tensor.device.type in _DEVICES
     )
 
 
-def _norm(tensors, norm_type, error_if_nonfinite):
-    """A norm as csrc/ops.cpp allocates it: on the first tensor's device, float64 where a tensor is, else float32."""
+def _is_fused(norm_type) -> bool:
+    return norm_type in (1.0, 2.0, math.inf)
+
+
+def _fake_norm(tensors, *_):
     if not tensors:
-        return torch.empty((), dtype=torch.float32)
+        return torch.empty(())
     double = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
     return tensors[0].new_empty((), dtype=torch.float64 if double else torch.float32)
 
 
+def _register_fake_kernels() -> None:
+    for name in ("get_total_norm", "clip_grad_norm_", "clip_grad_norm_.Tensor"):
+        torch.library.register_fake(f"fastclip::{name}", _fake_norm)
+    for name in ("clip_grads_with_norm_", "clip_grad_value_"):
+        for overload in ("", ".Tensor"):
+            torch.library.register_fake(f"fastclip::{name}{overload}", lambda *_: None)
+
+
 if _C:
-    fake = torch.library.register_fake
-    fake("fastclip::get_total_norm", _norm)
-    fake("fastclip::clip_grad_norm_", lambda grads, max_norm, *norm: _norm(grads, *norm))
-    fake("fastclip::clip_grad_norm_.Tensor", lambda grads, max_norm, *norm: _norm(grads, *norm))
-    fake("fastclip::clip_grads_with_norm_", lambda grads, max_norm, total_norm: None)
-    fake("fastclip::clip_grads_with_norm_.Tensor", lambda grads, max_norm, total_norm: None)
-    fake("fastclip::clip_grad_value_", lambda grads, clip_value: None)
+    _register_fake_kernels()

@@ -136,6 +136,16 @@ void clip_grad_value_tensor(TensorList grads, const Tensor& clip_value) {
   clip_grad_value_float(grads, clip_value.item().toDouble());
 }
 
+void implement(torch::Library& m) {
+  m.impl("get_total_norm", &get_total_norm);
+  m.impl("clip_grad_norm_", &clip_grad_norm_float);
+  m.impl("clip_grad_norm_.Tensor", &clip_grad_norm_tensor);
+  m.impl("clip_grads_with_norm_", &clip_grads_with_norm_float);
+  m.impl("clip_grads_with_norm_.Tensor", &clip_grads_with_norm_tensor);
+  m.impl("clip_grad_value_", &clip_grad_value_float);
+  m.impl("clip_grad_value_.Tensor", &clip_grad_value_tensor);
+}
+
 }  // namespace
 
 std::map<std::string, int64_t> fallback_reasons() {
@@ -165,13 +175,11 @@ TORCH_LIBRARY(fastclip, m) {
   m.def("clip_grad_value_.Tensor(Tensor(a!)[] grads, Tensor clip_value) -> ()", tags);
 }
 
+// On plain tensors; and under vmap, where why_not_fused() says so and torch's operations know their batches.
 TORCH_LIBRARY_IMPL(fastclip, CompositeExplicitAutograd, m) {
-  namespace ops = fastclip::ops;
-  m.impl("get_total_norm", &ops::get_total_norm);
-  m.impl("clip_grad_norm_", &ops::clip_grad_norm_float);
-  m.impl("clip_grad_norm_.Tensor", &ops::clip_grad_norm_tensor);
-  m.impl("clip_grads_with_norm_", &ops::clip_grads_with_norm_float);
-  m.impl("clip_grads_with_norm_.Tensor", &ops::clip_grads_with_norm_tensor);
-  m.impl("clip_grad_value_", &ops::clip_grad_value_float);
-  m.impl("clip_grad_value_.Tensor", &ops::clip_grad_value_tensor);
+  fastclip::ops::implement(m);
+}
+
+TORCH_LIBRARY_IMPL(fastclip, FuncTorchBatchedDecomposition, m) {
+  fastclip::ops::implement(m);
 }

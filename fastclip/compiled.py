@@ -17,27 +17,27 @@ _DEVICES = ("cpu", "cuda") if _C and _C.cuda else ("cpu",)
 
 
 def get_total_norm(tensors, norm_type, error_if_nonfinite, foreach) -> Tensor:
-    tensors, norm_type = _as_list(tensors), float(norm_type)
-    if not (_are_plain(tensors) and _is_fused(norm_type)):
+    tensors, order = _as_list(tensors), _fused_order(norm_type)
+    if order is None or not _are_plain(tensors):
         return _torch_functions.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     with torch.no_grad():
-        return torch.ops.fastclip.get_total_norm(tensors, norm_type, error_if_nonfinite)
+        return torch.ops.fastclip.get_total_norm(tensors, order, error_if_nonfinite)
 
 
 def clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach) -> Tensor:
-    parameters, norm_type = _as_list(parameters), float(norm_type)
+    parameters, order = _as_list(parameters), _fused_order(norm_type)
     grads = _gradients_of(parameters)
-    if not (_are_plain(grads) and _is_fused(norm_type)):
+    if order is None or not _are_plain(grads):
         return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     with torch.no_grad():
         limit = _as_tensor(max_norm, grads[0].device)
-        return torch.ops.fastclip.clip_grad_norm_(grads, limit, norm_type, error_if_nonfinite)
+        return torch.ops.fastclip.clip_grad_norm_(grads, limit, order, error_if_nonfinite)
 
 
 def clip_grads_with_norm_(parameters, max_norm, total_norm, foreach) -> None:
     parameters = _as_list(parameters)
     grads = _gradients_of(parameters)
-    if not (_are_plain(grads) and _are_plain([total_norm])):
+    if not (_are_plain(grads) and _are_plain([total_norm]) and total_norm.dim() == 0):
         return _torch_functions.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     with torch.no_grad():
         torch.ops.fastclip.clip_grads_with_norm_(grads, _as_tensor(max_norm, grads[0].device), total_norm)
@@ -80,8 +80,13 @@ def _is_plain(tensor) -> bool:
     )
 
 
-def _is_fused(norm_type) -> bool:
-    return norm_type in (1.0, 2.0, math.inf)
+def _fused_order(norm_type) -> float | None:
+    """norm_type as a constant, which it is not where torch.compile takes numbers for variables."""
+    norm_type = float(norm_type)
+    for order in (2.0, 1.0, math.inf):
+        if norm_type == order:
+            return order
+    return None
 
 
 def _fake_norm(tensors, *_):

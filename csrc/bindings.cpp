@@ -7,21 +7,17 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <atomic>
-#include <optional>
-
 #include "clip.h"
 #include "cpu/dispatch.h"
 #ifdef FASTCLIP_CUDA
 #include "cuda/launch.h"
 #endif
+#include "ops.h"
 
 namespace py = pybind11;
 
 namespace fastclip::python {
 namespace {
-
-std::atomic<int64_t> native_calls{0};
 
 // torch.nn.Parameter: beside torch.Tensor the one type whose `.grad` is known to be torch's own attribute, so that it
 // can be read without running Python code.
@@ -58,26 +54,9 @@ double to_double(py::handle object, const char* argument) {
 // A number, or a 0-d tensor with one. What can be read without waiting is read.
 Number to_number(py::handle object, const char* argument) {
   if (THPVariable_Check(object.ptr())) {
-    const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-    Gradients one(Access::Read, 1);
-    if (tensor.dim() == 0 && tensor.is_cuda() && one.add(tensor.unsafeGetTensorImpl()) == Gradients::Added::Yes) {
-      return {0, tensor.detach()};
-    }
+    if (const auto number = on_device(THPVariable_Unpack(object.ptr()))) return *number;
   }
   return {to_double(object, argument), {}};
-}
-
-void add(Gradients& grads, at::TensorImpl* grad, Items items, Py_ssize_t index) {
-  const auto added = grads.add(grad);
-  if (added == Gradients::Added::NoMemory) {
-    raise(PyExc_RuntimeError, at_index(items, index) + ": expected a gradient with memory for its elements, got " +
-                                  std::to_string(grad->unsafe_storage().nbytes()) + " bytes of storage");
-  }
-  if (added != Gradients::Added::NotFloating) return;
-  const at::Tensor tensor(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad));
-  const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
-  raise(PyExc_TypeError, at_index(items, index) + ": expected a floating-point gradient, got " +
-                             std::string(py::str(object.attr("dtype"))));
 }
 
 // Whether an object is a DTensor. Before torch.distributed.tensor is imported, which takes half a second, there is
@@ -110,7 +89,7 @@ void add_by_attribute(Gradients& grads, PyObject* item, Items items, Py_ssize_t 
                                ": expected a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
   }
   at::Tensor grad = THPVariable_Unpack(object.ptr());
-  add(grads, grad.unsafeGetTensorImpl(), items, index);
+  grads.add(grad.unsafeGetTensorImpl(), argument_name(items), index);
   grads.keep(std::move(grad));
 }
 
@@ -151,11 +130,11 @@ void collect(Gradients& grads, PyObject* list, Items items) {
       if (sequence) fetch_ahead(PySequence_Fast_ITEMS(list) + i, PySequence_Fast_GET_SIZE(list) - i, items);
       const at::Tensor& tensor = THPVariable_Unpack(item);
       if (items == Items::Tensors) {
-        add(grads, tensor.unsafeGetTensorImpl(), items, i);
+        grads.add(tensor.unsafeGetTensorImpl(), argument_name(items), i);
       } else {
         const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
         if (grad.defined()) {
-          add(grads, grad.unsafeGetTensorImpl(), items, i);
+          grads.add(grad.unsafeGetTensorImpl(), argument_name(items), i);
         } else if (tensor.requires_grad()) {
           tensor.grad();  // for torch's warning when the tensor is not a leaf
         }
@@ -167,19 +146,8 @@ void collect(Gradients& grads, PyObject* list, Items items) {
   }
 }
 
-std::optional<NormType> fused_norm_type(double p) {
-  if (p == 2) return NormType::L2;
-  if (p == 1) return NormType::L1;
-  if (p == std::numeric_limits<double>::infinity()) return NormType::Inf;
-  return std::nullopt;
-}
-
 size_t expected_size(py::handle list) {
   return PyList_Check(list.ptr()) || PyTuple_Check(list.ptr()) ? PySequence_Fast_GET_SIZE(list.ptr()) : 1;
-}
-
-void count_native_call() {
-  native_calls.fetch_add(1, std::memory_order_relaxed);
 }
 
 // Runs the native part of a call. Short ones keep the interpreter lock, see kSmallBytes.
@@ -213,13 +181,11 @@ py::object nothing_to_do() {
 
 template <class Work>
 py::object with_norm_type(Gradients& grads, double p, Work work) {
-  if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
-  if (grads.none()) return nothing_to_do();
-  const auto type = fused_norm_type(p);
-  if (!type) return py::str("norm_type");
-  if (*type == NormType::Inf && grads.has_empty()) return py::str("inf norm of an empty gradient");
+  if (grads.none() && grads.fallback_reason().empty()) return nothing_to_do();
+  const std::string reason = why_not_fused(grads, p);
+  if (!reason.empty()) return py::str(reason);
   count_native_call();
-  return to_python(run(grads, [&] { return work(*type); }));
+  return to_python(run(grads, [&] { return work(*fused_norm_type(p)); }));
 }
 
 py::object get_total_norm(py::handle tensors, py::handle norm_type, py::handle error_if_nonfinite) {
@@ -263,14 +229,6 @@ py::object prepare_step(py::handle parameters, py::handle max_norm, py::handle n
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-// Whether an argument can stand for the norm: a 0-d tensor of plain memory.
-bool is_norm(py::handle total_norm) {
-  if (!THPVariable_Check(total_norm.ptr())) return false;
-  const at::Tensor& tensor = THPVariable_Unpack(total_norm.ptr());
-  Gradients one(Access::Read, 1);
-  return tensor.dim() == 0 && one.add(tensor.unsafeGetTensorImpl()) == Gradients::Added::Yes;
-}
-
 py::object clip_grads_with_norm_(py::handle parameters, py::handle max_norm, py::handle total_norm) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clip_grads_with_norm_", {});
@@ -279,7 +237,8 @@ py::object clip_grads_with_norm_(py::handle parameters, py::handle max_norm, py:
   collect(grads, parameters.ptr(), Items::Parameters);
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
   if (grads.none()) return nothing_to_do();
-  if (!is_norm(total_norm)) return py::str("total_norm");
+  if (!THPVariable_Check(total_norm.ptr()) || !is_norm(THPVariable_Unpack(total_norm.ptr())))
+    return py::str("total_norm");
   const Number norm = to_number(total_norm, "total_norm");
   count_native_call();
   run(grads, [&] { fastclip::clip_grads_with_norm(grads, threshold, norm); });
@@ -357,10 +316,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_of", &fc::norm_of);
   m.def("scale_by_norm_", &fc::scale_by_norm_);
   m.def("clamp_", &fc::clamp_);
-  m.def("count_native_call", &fc::count_native_call);
   m.def("prepare_step", &fc::prepare_step);
-  m.def("native_calls", [] { return fc::native_calls.load(); });
-  m.def("reset_native_calls", [] { fc::native_calls.store(0); });
+  m.def("count_native_call", &fastclip::count_native_call);
+  m.def("native_calls", [] { return fastclip::native_calls.load(); });
+  m.def("operator_fallback_reasons", &fastclip::ops::fallback_reasons);
+  m.def("reset_counts", [] {
+    fastclip::native_calls.store(0);
+    fastclip::ops::reset_fallback_reasons();
+  });
   m.def("kernels", [] { return std::string(fastclip::cpu::kernels().name); });
   m.def("available_kernels", &fastclip::cpu::available_kernels);
   m.def("select_kernels", &fastclip::cpu::select_kernels);

@@ -146,6 +146,15 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
   return Added::Yes;
 }
 
+void Gradients::add(at::TensorImpl* grad, const char* argument, int64_t index) {
+  const Added added = add(grad);
+  TORCH_CHECK(added != Added::NoMemory, argument, "[", index,
+              "]: expected a gradient with memory for its elements, got ", grad->unsafe_storage().nbytes(),
+              " bytes of storage");
+  TORCH_CHECK_TYPE(added != Added::NotFloating, argument, "[", index, "]: expected a floating-point gradient, got ",
+                   "torch.", c10::getDtypeNames(grad->dtype().toScalarType()).first);
+}
+
 void Gradients::own_all() {
   for (Group& group : groups_) {
     for (; group.owned < group.impls.size(); ++group.owned) {
@@ -207,12 +216,15 @@ at::Tensor number_tensor(double value, at::ScalarType dtype) {
   return result;
 }
 
-void check_finite(double returned_norm, NormType type) {
-  const char* order = type == NormType::L1 ? "1.0" : type == NormType::L2 ? "2.0" : "inf";
+void check_finite(double returned_norm, const std::string& order) {
   TORCH_CHECK(
       std::isfinite(returned_norm), "The total norm of order ", order,
       " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable this error and scale "
       "the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`");
+}
+
+void check_finite(double returned_norm, NormType type) {
+  check_finite(returned_norm, type == NormType::L1 ? "1.0" : type == NormType::L2 ? "2.0" : "inf");
 }
 
 double coef_for(double max_norm, double total_norm, double returned_norm) {
@@ -228,6 +240,29 @@ Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, 
   return {number_tensor(scaled_norm / grad_scale, norm_dtype),
           must_scale(factor) ? number_tensor(1 / factor, at::kFloat) : at::Tensor(),
           number_tensor(std::isfinite(scaled_norm) ? 0 : 1, at::kFloat)};
+}
+
+std::optional<Number> on_device(const at::Tensor& tensor) {
+  return tensor.is_cuda() && is_norm(tensor) ? std::optional<Number>({0, tensor.detach()}) : std::nullopt;
+}
+
+bool is_norm(const at::Tensor& total_norm) {
+  Gradients one(Access::Read, 1);
+  return total_norm.dim() == 0 && one.add(total_norm.unsafeGetTensorImpl()) == Gradients::Added::Yes;
+}
+
+std::optional<NormType> fused_norm_type(double p) {
+  if (p == 2) return NormType::L2;
+  if (p == 1) return NormType::L1;
+  if (p == std::numeric_limits<double>::infinity()) return NormType::Inf;
+  return std::nullopt;
+}
+
+std::string why_not_fused(const Gradients& grads, double p) {
+  if (!grads.fallback_reason().empty()) return grads.fallback_reason();
+  const auto type = fused_norm_type(p);
+  if (!type) return "norm_type";
+  return *type == NormType::Inf && grads.has_empty() ? "inf norm of an empty gradient" : "";
 }
 
 // The only place where a backend is chosen. What is all on the CPU is done here.

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/SmallVector.h>
 
+#include <atomic>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,6 +23,9 @@ struct Number {
 
   double here() const { return tensor.defined() ? tensor.item().toDouble() : value; }
 };
+
+// A 0-d tensor of plain memory on a CUDA device, which can be left there; nothing for any other.
+std::optional<Number> on_device(const at::Tensor& tensor);
 
 // A gradient with gaps between its elements: copied for the norm, written through torch.
 struct Gapped {
@@ -51,6 +57,8 @@ class Gradients {
   // been resized to less than it needs.
   // Throws torch's own error for what cannot be written in place (expanded, inference tensors).
   Added add(at::TensorImpl* grad);
+  // The same for item `index` of an argument: throws a TypeError for NotFloating, a RuntimeError for NoMemory.
+  void add(at::TensorImpl* grad, const char* argument, int64_t index);
   // Has torch do this call for a reason that lies outside of the gradients.
   Added fall_back(std::string reason);
   // Keeps a gradient alive that nobody else may own.
@@ -99,11 +107,25 @@ double rounded(double total_norm, at::ScalarType norm_dtype);
 at::Tensor number_tensor(double value, at::ScalarType dtype);  // float32 or float64
 
 // Throws torch's error when the norm that the user would get is not finite.
+void check_finite(double returned_norm, const std::string& order);
 void check_finite(double returned_norm, NormType type);
 
 // The clip coefficient, from the unrounded norm. Where the user gets inf or NaN, torch's results hold: everything
 // finite becomes 0, what was infinite NaN.
 double coef_for(double max_norm, double total_norm, double returned_norm);
+
+// The order of the norm where a kernel computes it.
+std::optional<NormType> fused_norm_type(double p);
+// Why torch has to compute the norm of order p of these gradients, "" where a kernel does.
+std::string why_not_fused(const Gradients& grads, double p);
+// Whether a tensor can stand for the norm: 0-d and of plain memory.
+bool is_norm(const at::Tensor& total_norm);
+
+// How many calls were done here and not by torch, over all of the process.
+inline std::atomic<int64_t> native_calls{0};
+inline void count_native_call() {
+  native_calls.fetch_add(1, std::memory_order_relaxed);
+}
 
 // What an optimizer's step has to know of its gradients, as 0-d tensors on the device of the first one.
 struct Prepared {

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from fastclip import _torch_functions, distributed
+from fastclip import _torch_functions, compiled, distributed
 from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
 
@@ -57,6 +58,8 @@ def get_total_norm(
     tensors = _as_sequence(tensors, "tensors")
     if process_group is not None or process_groups:
         return distributed.get_total_norm(tensors, norm_type, error_if_nonfinite, process_group, process_groups)
+    if is_dynamo_compiling():
+        return compiled.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     reason = NOT_BUILT
     if _C:
         result = _C.get_total_norm(tensors, norm_type, error_if_nonfinite)
@@ -124,6 +127,8 @@ def clip_grad_norm_(
         return distributed.clip_grad_norm_(
             parameters, max_norm, norm_type, error_if_nonfinite, process_group, process_groups
         )
+    if is_dynamo_compiling():
+        return compiled.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     reason = NOT_BUILT
     if _C:
         result = _C.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
@@ -154,6 +159,8 @@ def clip_grads_with_norm_(
     Raises:
         TypeError, ValueError, RuntimeError: as ``clip_grad_norm_``.
     """
+    if is_dynamo_compiling():
+        return compiled.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     parameters = _as_sequence(parameters, "parameters")
     reason = NOT_BUILT
     if _C:
@@ -184,6 +191,8 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         TypeError, ValueError: as ``clip_grad_norm_``.
         RuntimeError: a gradient's dtype cannot represent ``clip_value`` (1e6 in float16); or as ``clip_grad_norm_``.
     """
+    if is_dynamo_compiling():
+        return compiled.clip_grad_value_(parameters, clip_value, foreach)
     parameters = _as_sequence(parameters, "parameters")
     reason = NOT_BUILT
     if _C:

@@ -22,10 +22,10 @@ def counters() -> dict:
     ``{"sparse": 3}``). Calls that raise an error before either are not counted.
     """
     with _lock:
-        reasons = dict(_fallback_reasons)
+        reasons = _fallback_reasons + Counter(_C.operator_fallback_reasons() if _C else {})
     native = _C.native_calls() if _C else 0
     fallback = sum(reasons.values())
-    return {"calls": native + fallback, "native": native, "fallback": fallback, "fallback_reasons": reasons}
+    return {"calls": native + fallback, "native": native, "fallback": fallback, "fallback_reasons": dict(reasons)}
 
 
 def reset_counters() -> None:
@@ -33,4 +33,4 @@ def reset_counters() -> None:
     with _lock:
         _fallback_reasons.clear()
     if _C:
-        _C.reset_native_calls()
+        _C.reset_counts()

@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import torch
+from torch.compiler import is_dynamo_compiling
 from torch.nn import utils as torch_utils
 from torch.nn.utils import clip_grad as torch_module
 
-from fastclip import _torch_functions, clip
+from fastclip import clip
 from fastclip._torch_functions import NAMES, cell_of
 
 _lock = threading.Lock()
@@ -105,14 +105,14 @@ def _swap(name: str, function: Callable) -> Callable:
 
 
 def _replacement(name: str) -> Callable:
-    """fastclip's function; while torch.compile traces a program, torch's own, which it knows how to trace."""
-    native, original = getattr(clip, name), getattr(_torch_functions, name)
+    """fastclip's function, timed; torch.compile traces it without the clock."""
+    native = getattr(clip, name)
 
     @functools.wraps(native)
     def function(*args, **kwargs):
         global _seconds
-        if torch.compiler.is_compiling():
-            return original(*args, **kwargs)
+        if is_dynamo_compiling():
+            return native(*args, **kwargs)
         start = time.perf_counter()
         try:
             return native(*args, **kwargs)

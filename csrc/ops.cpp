@@ -183,3 +183,12 @@ TORCH_LIBRARY_IMPL(fastclip, CompositeExplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(fastclip, FuncTorchBatchedDecomposition, m) {
   fastclip::ops::implement(m);
 }
+
+// No derivatives, as torch's functions have none: they run without autograd. A no_grad around the call would stay in
+// the graph, and would stay on when error_if_nonfinite raises.
+TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
+  for (const char* name : {"get_total_norm", "clip_grad_norm_", "clip_grad_norm_.Tensor", "clip_grads_with_norm_",
+                           "clip_grads_with_norm_.Tensor", "clip_grad_value_", "clip_grad_value_.Tensor"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}

@@ -20,8 +20,7 @@ def get_total_norm(tensors, norm_type, error_if_nonfinite, foreach) -> Tensor:
     tensors, order = _as_list(tensors), _fused_order(norm_type)
     if order is None or not _are_plain(tensors):
         return _torch_functions.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
-    with torch.no_grad():
-        return torch.ops.fastclip.get_total_norm(tensors, order, error_if_nonfinite)
+    return torch.ops.fastclip.get_total_norm(tensors, order, error_if_nonfinite)
 
 
 def clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach) -> Tensor:
@@ -29,9 +28,8 @@ def clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach
     grads = _gradients_of(parameters)
     if order is None or not _are_plain(grads):
         return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-    with torch.no_grad():
-        limit = _as_tensor(max_norm, grads[0].device)
-        return torch.ops.fastclip.clip_grad_norm_(grads, limit, order, error_if_nonfinite)
+    limit = _as_tensor(max_norm, grads[0].device)
+    return torch.ops.fastclip.clip_grad_norm_(grads, limit, order, error_if_nonfinite)
 
 
 def clip_grads_with_norm_(parameters, max_norm, total_norm, foreach) -> None:
@@ -39,8 +37,7 @@ def clip_grads_with_norm_(parameters, max_norm, total_norm, foreach) -> None:
     grads = _gradients_of(parameters)
     if not (_are_plain(grads) and _are_plain([total_norm]) and total_norm.dim() == 0):
         return _torch_functions.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
-    with torch.no_grad():
-        torch.ops.fastclip.clip_grads_with_norm_(grads, _as_tensor(max_norm, grads[0].device), total_norm)
+    torch.ops.fastclip.clip_grads_with_norm_(grads, _as_tensor(max_norm, grads[0].device), total_norm)
 
 
 def clip_grad_value_(parameters, clip_value, foreach) -> None:
@@ -50,8 +47,7 @@ def clip_grad_value_(parameters, clip_value, foreach) -> None:
         return
     if not _are_plain(grads):
         return _torch_functions.clip_grad_value_(parameters, clip_value, foreach)
-    with torch.no_grad():
-        torch.ops.fastclip.clip_grad_value_(grads, _as_tensor(clip_value, "cpu"))
+    torch.ops.fastclip.clip_grad_value_(grads, _as_tensor(clip_value, "cpu"))
 
 
 def _as_list(items):

@@ -27,6 +27,7 @@ def fresh_compiler():
         # torch's own, about profiler ranges and lazy tensor lists
         warnings.simplefilter("ignore")
         yield
+    assert torch.is_grad_enabled()
 
 
 def some_grads():
@@ -101,6 +102,7 @@ SAMPLES = {
 }
 OPERATOR_INPUTS = {
     "float32": lambda: [torch.randn(4, 5), torch.randn(7)],
+    "with autograd": lambda: [torch.randn(4, 5).requires_grad_() * 2, torch.randn(7).requires_grad_() * 1],
     "float64": lambda: [torch.randn(4, 5), torch.randn(7, dtype=torch.float64)],
     "mixed": some_grads,
     "none": list,
@@ -330,16 +332,15 @@ def test_a_parameter_listed_twice_and_a_generator():
         check_against_eager(call, [torch.randn(4), torch.randn(3)])
 
 
-def test_error_if_nonfinite_is_raised_by_the_operator_and_modifies_nothing():
-    function, counter = compiled(lambda ps: fastclip.clip_grad_norm_(ps, 0.5, error_if_nonfinite=True))
+@pytest.mark.parametrize("backend", ANY_BACKEND)
+def test_error_if_nonfinite_is_raised_by_the_operator_and_modifies_nothing(backend):
+    function, counter = compiled(lambda ps: fastclip.clip_grad_norm_(ps, 0.5, error_if_nonfinite=True), backend)
     parameters = make_parameters([torch.ones(4)])
     assert function(parameters).item() == 2
     parameters[0].grad = torch.tensor([1.0, INF, 3.0, 4.0])
-    with pytest.raises(
-        RuntimeError, match=r"The total norm of order 2.0 for gradients from `parameters` is non-finite"
-    ):
+    with pytest.raises(RuntimeError, match=r"norm of order 2.0 for gradients from `parameters` is non-finite"):
         function(parameters)
-    assert parameters[0].grad.tolist() == [1, INF, 3, 4]
+    assert parameters[0].grad.tolist() == [1, INF, 3, 4] and torch.is_grad_enabled()
     parameters[0].grad = torch.ones(4)
     assert function(parameters).item() == 2 and counter.frame_count == 1
 
@@ -485,8 +486,6 @@ def test_operators_name_what_they_refuse(sample):
         operator(*args)
     grads[1] = torch.ones(100)
     grads[1].untyped_storage().resize_(0)
-    with pytest.raises(
-        RuntimeError, match=rf"{argument}\[1\]: expected a gradient with memory for its elements, got 0"
-    ):
+    with pytest.raises(RuntimeError, match=rf"{argument}\[1\]: expected a gradient with memory"):
         operator(*args)
     assert torch.equal(grads[0], torch.ones(3)) and fastclip.counters()["calls"] == 0

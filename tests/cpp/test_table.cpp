@@ -161,8 +161,9 @@ void clip_coef_() {
 }
 
 void must_scale_() {
-  CHECK(!must_scale(1) && !must_scale(kInf));
+  CHECK(!must_scale(1));
   CHECK(must_scale(std::nextafter(1.0, 0.0)) && must_scale(0) && must_scale(-1) && must_scale(kNan));
+  CHECK(must_scale(2) && must_scale(kInf));  // gradients with a grad_scale below 1
 }
 
 void factors() {

@@ -95,8 +95,10 @@ def check_against_torch(name, grads, *args, twice=(), reference=None, rtol=2e-6,
     (got, result), (want, expected) = outcomes
     assert got == want, (outcomes[0], outcomes[1])
     if isinstance(result, torch.Tensor):
-        assert result.device == expected.device or EMULATED
-        assert_equal(result.cpu().double(), expected.cpu().double(), max(rtol, torch.finfo(expected.dtype).eps))
+        if EMULATED:
+            result = result.to(expected.device)
+        assert result.device == expected.device
+        assert_equal(result.double(), expected.double(), max(rtol, torch.finfo(expected.dtype).eps))
     else:
         assert result == expected
     for mine, theirs in zip(*lists, strict=True):

@@ -160,6 +160,7 @@ def test_a_compiled_step_keeps_its_whole_graph():
         p = parameter()
         assert step([p]).item() == 6
         assert p.grad.norm().item() == pytest.approx(1)
+        assert native_calls() == 1
 
 
 def test_without_a_cell_the_attributes_are_set(monkeypatch):

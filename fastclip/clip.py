@@ -55,11 +55,11 @@ def get_total_norm(
             are process groups.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
     """
+    if is_dynamo_compiling() and process_group is None and not process_groups:
+        return compiled.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     tensors = _as_sequence(tensors, "tensors")
     if process_group is not None or process_groups:
         return distributed.get_total_norm(tensors, norm_type, error_if_nonfinite, process_group, process_groups)
-    if is_dynamo_compiling():
-        return compiled.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     reason = NOT_BUILT
     if _C:
         result = _C.get_total_norm(tensors, norm_type, error_if_nonfinite)
@@ -117,6 +117,8 @@ def clip_grad_norm_(
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or, as in torch, a gradient cannot be
             written in place because several of its elements share one place in memory.
     """
+    if is_dynamo_compiling() and process_group is None and not process_groups:
+        return compiled.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     given = parameters
     parameters = _as_sequence(parameters, "parameters")
     if not len(parameters) and isinstance(given, types.GeneratorType):
@@ -127,8 +129,6 @@ def clip_grad_norm_(
         return distributed.clip_grad_norm_(
             parameters, max_norm, norm_type, error_if_nonfinite, process_group, process_groups
         )
-    if is_dynamo_compiling():
-        return compiled.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     reason = NOT_BUILT
     if _C:
         result = _C.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)

@@ -205,3 +205,10 @@ def test_counters(isa):
     assert fastclip.counters()["fallback_reasons"] == reasons
     fastclip.reset_counters()
     assert fastclip.counters() == zero
+
+
+def test_nested_tensor(isa):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    got, want = (outcome(module.get_total_norm, [nested]) for module in (fastclip, torch.nn.utils))
+    assert got == want
+    assert fastclip.counters()["fallback_reasons"] == {"nested": 1}

@@ -118,7 +118,6 @@ def test_opcheck(grads, sample):
 
 
 def test_all_overloads_are_in_the_samples():
-    assert {f"{name}" for name in dir(OPS) if name in CALLS} <= set(CALLS)
     names = {str(sample([], 2.0)[0]).removeprefix("fastclip.").removesuffix(".default") for sample in SAMPLES.values()}
     assert names == {
         name.removeprefix("fastclip::") for name in torch._C._dispatch_get_all_op_names() if "fastclip::" in name

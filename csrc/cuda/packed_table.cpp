@@ -55,10 +55,13 @@ struct Copy {
 constexpr size_t kCopies = 8;         // in all
 constexpr size_t kCopiesAStream = 2;  // two models that take turns
 
-std::mutex mutex;  // guards the two lists, which are never destroyed: CUDA may be gone before they are
+// The two lists are never destroyed: CUDA may be gone before they are.
+std::mutex mutex;
 std::list<Copy>& copies = *new std::list<Copy>;  // used last: first
 
-// Copies whose graph is gone. The callback that tells so must not call CUDA; a later upload frees them.
+// Copies whose graph is gone. The callback that tells so must not call CUDA, nor wait for somebody who does; a later
+// upload frees them.
+std::mutex ownerless_mutex;
 std::vector<std::unique_ptr<c10::DataPtr>>& ownerless = *new std::vector<std::unique_ptr<c10::DataPtr>>;
 
 void upload(const PackedTable& table, void* memory, c10::cuda::CUDAStream stream) {
@@ -86,7 +89,7 @@ const Entry* upload_for_graph(const PackedTable& table, c10::cuda::CUDAStream st
   C10_CUDA_CHECK(cudaStreamSynchronize(side));
 
   const auto disown = [](void* owned) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::mutex> lock(ownerless_mutex);
     ownerless.emplace_back(static_cast<c10::DataPtr*>(owned));
   };
   cudaUserObject_t object;
@@ -103,14 +106,16 @@ bool same(const Copy& copy, const PackedTable& table) {
 
 }  // namespace
 
-const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
+TableOnDevice on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
   const c10::cuda::CaptureInfo capture = c10::cuda::captureInfoMayInitCtx(stream);
-  if (capture.status == c10::cuda::CaptureStatus::Active) return upload_for_graph(table, stream, capture.graph);
+  if (capture.status == c10::cuda::CaptureStatus::Active) return {upload_for_graph(table, stream, capture.graph), {}};
 
-  std::vector<std::unique_ptr<c10::DataPtr>> garbage;  // freed after the lock is given back
-  std::list<Copy> dropped;
-  const std::lock_guard<std::mutex> lock(mutex);
-  garbage.swap(ownerless);
+  std::vector<std::unique_ptr<c10::DataPtr>> garbage;
+  {
+    const std::lock_guard<std::mutex> lock(ownerless_mutex);
+    garbage.swap(ownerless);
+  }
+  std::unique_lock<std::mutex> lock(mutex);
   size_t of_stream = 0;
   auto oldest = copies.end();
   for (auto copy = copies.begin(); copy != copies.end(); ++copy) {
@@ -119,13 +124,13 @@ const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
     oldest = copy;
     if (!same(*copy, table)) continue;
     copies.splice(copies.begin(), copies, copy);
-    return static_cast<const Entry*>(copy->memory.get());
+    return {static_cast<const Entry*>(copy->memory.get()), std::move(lock)};
   }
   if (of_stream >= kCopiesAStream) {
     copies.splice(copies.begin(), copies, oldest);
   } else {
     copies.push_front(Copy{stream, {}, {}, 0});
-    if (copies.size() > kCopies) dropped.splice(dropped.end(), copies, std::prev(copies.end()));
+    if (copies.size() > kCopies) copies.pop_back();
   }
   Copy& copy = copies.front();
   copy.content.clear();  // until the upload has been queued this copy is nobody's
@@ -136,7 +141,7 @@ const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
   }
   upload(table, copy.memory.get(), stream);
   copy.content.assign(table.entries(), table.entries() + table.size());
-  return static_cast<const Entry*>(copy.memory.get());
+  return {static_cast<const Entry*>(copy.memory.get()), std::move(lock)};
 }
 
 // ---- overlaps ----

@@ -73,6 +73,22 @@ void upload(const PackedTable& table, void* memory, c10::cuda::CUDAStream stream
   pinned->record_event(staged.get(), staged.get_context(), stream.unwrap());
 }
 
+// A stream for the copies that graphs own. None of torch's pool: that hands out the same 32 again and again, and among
+// them the one that is captured, where a wait is an error.
+c10::cuda::CUDAStream stream_for_graphs(c10::DeviceIndex device) {
+  static std::mutex guards_streams;
+  static std::vector<std::pair<c10::DeviceIndex, cudaStream_t>> streams;
+  const std::lock_guard<std::mutex> lock(guards_streams);
+  for (const auto& [of, stream] : streams) {
+    if (of == device) return c10::cuda::getStreamFromExternal(stream, device);
+  }
+  const c10::cuda::CUDAGuard guard(device);
+  cudaStream_t stream;
+  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  streams.emplace_back(device, stream);
+  return c10::cuda::getStreamFromExternal(stream, device);
+}
+
 // A replay must find the table that was captured, whatever happened since. So the copy is made now, on a stream that
 // is not captured, and belongs to the graph. Here the host waits: for the copy alone, and once a capture.
 const Entry* upload_for_graph(const PackedTable& table, c10::cuda::CUDAStream stream, cudaGraph_t graph) {
@@ -81,7 +97,7 @@ const Entry* upload_for_graph(const PackedTable& table, c10::cuda::CUDAStream st
   const auto restore = [&mode](void*) { cudaThreadExchangeStreamCaptureMode(&mode); };
   const std::unique_ptr<void, decltype(restore)> restored(&mode, restore);
 
-  const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, stream.device_index());
+  const c10::cuda::CUDAStream side = stream_for_graphs(stream.device_index());
   const c10::cuda::CUDAStreamGuard guard(side);
   auto memory = std::make_unique<c10::DataPtr>(allocate(bytes_of(table)));
   void* const address = memory->get();

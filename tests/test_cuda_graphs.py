@@ -71,6 +71,15 @@ def test_three_replays_of_a_long_list_with_calls_over_another_between(known):
         replay_and_check(graph, norm, grads, 1.5, seed)
 
 
+def test_more_captures_of_a_long_list_than_there_are_streams_in_torchs_pool():
+    stream = torch.cuda.Stream()
+    grads = slices(2_100, 1, torch.float32)
+    parameters = parameters_of(grads)
+    for _ in range(33):
+        graph, norm = capture(lambda: fastclip.clip_grad_norm_(parameters, 1.5), stream)
+    replay_and_check(graph, norm, grads, 1.5, 1)
+
+
 def test_a_replay_is_one_launch_without_copies():
     parameters = parameters_of(slices(3_000, 8, torch.float32))
     graph, _ = capture(lambda: fastclip.clip_grad_norm_(parameters, 1.5))

@@ -12,6 +12,7 @@ from cuda_support import EMULATED, cuda, cudaemu, on_host, parameters_of, slices
 from oracle import check_norm, check_scaled, coefficient, total_norm
 
 import fastclip
+from fastclip._native import _C
 
 pytestmark = cuda
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -130,6 +131,28 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_threads_with_long_lists_on_one_stream():
+    """More lists than the cache of a stream holds: each upload overwrites a table that another thread has found."""
+    _C.force_cuda_blocks(2)  # so that the emulated device spends little time on each
+    lists = [slices(2_100 + i, 1, torch.float32, scale=10.0**i) for i in range(6)]
+    before = [on_host(grads) for grads in lists]
+    torch.cuda.synchronize()
+    norms = [[] for _ in lists]
+
+    def work(i):
+        for _ in range(20):
+            norms[i].append(fastclip.get_total_norm(lists[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(lists))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for grads, results in zip(before, norms, strict=True):
+        for norm in results:
+            check_norm(norm, grads, 2)
 
 
 @two_devices

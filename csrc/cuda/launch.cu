@@ -81,7 +81,8 @@ void launch(Job job, const PackedTable& table, int blocks, c10::cuda::CUDAStream
     launch_kernel(reinterpret_cast<const void*>(&clip_kernel<InlineTable<kManyEntries>>), job, table.entries(), blocks,
                   stream);
   } else {
-    const RemoteTable remote{on_device(table, stream)};
+    const TableOnDevice copy = on_device(table, stream);
+    const RemoteTable remote{copy.entries};
     launch_kernel(reinterpret_cast<const void*>(&clip_kernel<RemoteTable>), job, &remote, blocks, stream);
   }
 }

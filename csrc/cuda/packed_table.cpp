@@ -54,10 +54,22 @@ struct Copy {
 constexpr size_t kCopies = 8;         // in all
 constexpr size_t kCopiesAStream = 2;  // two models that take turns
 
-std::mutex mutex;  // guards the two lists, which are never destroyed: CUDA may be gone before they are
-std::list<Copy>& copies = *new std::list<Copy>;  // used last: first
+// What is kept for a device. One lock a device, since it is held while a kernel is launched: a launch may wait for room
+// behind a collective that a thread with another device has yet to join.
+struct DeviceCache {
+  std::mutex mutex;
+  std::list<Copy> copies;             // used last: first
+  cudaStream_t for_graphs = nullptr;  // see stream_for_graphs()
+};
 
-// Copies whose graph is gone. The callback that tells so must not call CUDA; a later upload frees them.
+DeviceCache& cache_of(c10::DeviceIndex device) {
+  static DeviceCache* const caches = new DeviceCache[C10_COMPILE_TIME_MAX_GPUS];  // CUDA may be gone before statics are
+  return caches[device];
+}
+
+// Copies whose graph is gone. The callback that tells so must not call CUDA, nor wait for somebody who does; a later
+// upload frees them.
+std::mutex ownerless_mutex;
 std::vector<std::unique_ptr<c10::DataPtr>>& ownerless = *new std::vector<std::unique_ptr<c10::DataPtr>>;
 
 void upload(const PackedTable& table, void* memory, c10::cuda::CUDAStream stream) {
@@ -82,6 +94,18 @@ cudaGraph_t captured_graph(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusActive ? graph : nullptr;
 }
 
+// A stream for the copies that graphs own. None of torch's pool: that hands out the same 32 again and again, and among
+// them the one that is captured, where a wait is an error.
+c10::cuda::CUDAStream stream_for_graphs(c10::DeviceIndex device) {
+  DeviceCache& cache = cache_of(device);
+  const std::lock_guard<std::mutex> lock(cache.mutex);
+  if (!cache.for_graphs) {
+    const c10::cuda::CUDAGuard guard(device);
+    C10_CUDA_CHECK(cudaStreamCreateWithFlags(&cache.for_graphs, cudaStreamNonBlocking));
+  }
+  return c10::cuda::getStreamFromExternal(cache.for_graphs, device);
+}
+
 // A replay must find the table that was captured, whatever happened since. So the copy is made now, on a stream that
 // is not captured, and belongs to the graph. Here the host waits: for the copy alone, and once a capture.
 const Entry* upload_for_graph(const PackedTable& table, c10::cuda::CUDAStream stream, cudaGraph_t graph) {
@@ -90,7 +114,7 @@ const Entry* upload_for_graph(const PackedTable& table, c10::cuda::CUDAStream st
   const auto restore = [&mode](void*) { cudaThreadExchangeStreamCaptureMode(&mode); };
   const std::unique_ptr<void, decltype(restore)> restored(&mode, restore);
 
-  const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, stream.device_index());
+  const c10::cuda::CUDAStream side = stream_for_graphs(stream.device_index());
   const c10::cuda::CUDAStreamGuard guard(side);
   auto memory = std::make_unique<c10::DataPtr>(allocate(bytes_of(table)));
   void* const address = memory->get();
@@ -98,7 +122,7 @@ const Entry* upload_for_graph(const PackedTable& table, c10::cuda::CUDAStream st
   C10_CUDA_CHECK(cudaStreamSynchronize(side));
 
   const auto disown = [](void* owned) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::mutex> lock(ownerless_mutex);
     ownerless.emplace_back(static_cast<c10::DataPtr*>(owned));
   };
   cudaUserObject_t object;
@@ -115,13 +139,17 @@ bool same(const Copy& copy, const PackedTable& table) {
 
 }  // namespace
 
-const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
-  if (const cudaGraph_t graph = captured_graph(stream)) return upload_for_graph(table, stream, graph);
+TableOnDevice on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
+  if (const cudaGraph_t graph = captured_graph(stream)) return {upload_for_graph(table, stream, graph), {}};
 
-  std::vector<std::unique_ptr<c10::DataPtr>> garbage;  // freed after the lock is given back
-  std::list<Copy> dropped;
-  const std::lock_guard<std::mutex> lock(mutex);
-  garbage.swap(ownerless);
+  std::vector<std::unique_ptr<c10::DataPtr>> garbage;
+  {
+    const std::lock_guard<std::mutex> lock(ownerless_mutex);
+    garbage.swap(ownerless);
+  }
+  DeviceCache& cache = cache_of(stream.device_index());
+  std::list<Copy>& copies = cache.copies;
+  std::unique_lock<std::mutex> lock(cache.mutex);
   size_t of_stream = 0;
   auto oldest = copies.end();
   for (auto copy = copies.begin(); copy != copies.end(); ++copy) {
@@ -130,13 +158,13 @@ const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
     oldest = copy;
     if (!same(*copy, table)) continue;
     copies.splice(copies.begin(), copies, copy);
-    return static_cast<const Entry*>(copy->memory.get());
+    return {static_cast<const Entry*>(copy->memory.get()), std::move(lock)};
   }
   if (of_stream >= kCopiesAStream) {
     copies.splice(copies.begin(), copies, oldest);
   } else {
     copies.push_front(Copy{stream, {}, {}, 0});
-    if (copies.size() > kCopies) dropped.splice(dropped.end(), copies, std::prev(copies.end()));
+    if (copies.size() > kCopies) copies.pop_back();
   }
   Copy& copy = copies.front();
   copy.content.clear();  // until the upload has been queued this copy is nobody's
@@ -147,7 +175,7 @@ const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
   }
   upload(table, copy.memory.get(), stream);
   copy.content.assign(table.entries(), table.entries() + table.size());
-  return static_cast<const Entry*>(copy.memory.get());
+  return {static_cast<const Entry*>(copy.memory.get()), std::move(lock)};
 }
 
 // ---- overlaps ----

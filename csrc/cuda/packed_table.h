@@ -5,6 +5,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "../tensor_table.h"
@@ -33,9 +34,16 @@ class PackedTable {
   int64_t rows_ = 0, bytes_ = 0;
 };
 
-// A table in device memory, for work that is queued on `stream` after this call. The copy is made without waiting, once
-// for as long as the same table comes again. While a graph is captured, the graph owns the copy.
-const Entry* on_device(const PackedTable& table, c10::cuda::CUDAStream stream);
+// A table in device memory. Work that reads it has to be queued on the stream while the lock is held: then another
+// thread with a list of its own on the same stream can overwrite or free the copy only behind that work.
+struct TableOnDevice {
+  const Entry* entries;
+  std::unique_lock<std::mutex> lock;
+};
+
+// The copy is made without waiting, once for as long as the same table comes again. While a graph is captured, the
+// graph owns the copy, and there is nothing to lock.
+TableOnDevice on_device(const PackedTable& table, c10::cuda::CUDAStream stream);
 
 // Nothing where no gradients overlap; otherwise tables without overlaps that hold this one together. Gradients that
 // share memory must be written one after the other: warps that write them at the same time would race.

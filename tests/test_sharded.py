@@ -1,5 +1,6 @@
 """Gradients over several ranks, compared with the whole gradients in float64: DTensors and process groups."""
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -445,6 +446,41 @@ def check_all_at_once(norm_type):
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_stages_experts_and_shards_at_once(four, norm_type):
     four.run(check_all_at_once, norm_type)
+
+
+def check_watched():
+    """One rank counts FLOPs: it takes part in the same all-reduce."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    Shard, _, _ = placements()
+    rank, _ = rank_and_size()
+    whole = torch.randn(5, 3)
+    grad = shard(whole, Shard(0))
+    with FlopCounterMode(display=False) if rank == 0 else contextlib.nullcontext(), all_reduces() as reductions:
+        total_norm = fastclip.clip_grad_norm_([make_parameter(grad)], 0.5)
+    assert len(reductions) == 1
+    assert total_norm.full_tensor().item() == pytest.approx(whole.norm().item(), rel=1e-6)
+    assert fastclip.counters()["fallback_reasons"] == ({"dispatch mode": 1} if rank == 0 else {})
+
+
+def test_dispatch_mode_on_one_rank(two):
+    two.run(check_watched)
+
+
+def check_after_complex():
+    Shard, _, _ = placements()
+    rank, _ = rank_and_size()
+    whole, plain = torch.randn(5, 3), torch.full((3,), 3 + 4j)
+    first = [plain] if rank == 0 else []  # only one rank has it, in front
+    grads = [*first, shard(whole, Shard(0))]
+    total_norm = fastclip.get_total_norm(grads).item()
+    expected = (whole.norm().item() ** 2 + 75 * len(first)) ** 0.5
+    assert total_norm == pytest.approx(expected, rel=1e-6)
+    assert fastclip.counters()["fallback_reasons"] == ({"complex": 1} if rank == 0 else {})
+
+
+def test_dtensor_after_a_gradient_that_is_not_fused(two):
+    two.run(check_after_complex)
 
 
 def check_different_parameters():

@@ -448,6 +448,63 @@ def test_stages_experts_and_shards_at_once(four, norm_type):
     four.run(check_all_at_once, norm_type)
 
 
+def check_nested_groups(norm_type):
+    """The mesh's own group named again, as another object or inside a larger one, counts once."""
+    Shard, _, _ = placements()
+    rank, size = rank_and_size()
+    world = dist.new_group(list(range(size)))
+    a, b, c = torch.randn(8), torch.randn(5, 3), torch.randn(4, 4)
+    for group in world, dist.group.WORLD:
+        check_clip([shard(a, Shard(0))], [a], norm_type, collectives=1, process_group=group)
+    if size == 4:
+        mesh = make_mesh((2, 2), ("p", "q"))
+        halves = [torch.randn(2, 3) for _ in range(2)]
+        local = dtensor(halves[mesh.get_local_rank(0)].chunk(2)[mesh.get_local_rank(1)], [Shard(0)], mesh["q"])
+        total_norm = fastclip.get_total_norm([local], norm_type, process_group=world)
+        assert total_norm.item() == pytest.approx(reference(halves, 0.5, norm_type)[0], rel=1e-6)
+        both = shard(b, Shard(0), Shard(1), mesh=mesh), shard(c, Shard(0), Shard(1), mesh=mesh)
+        check_clip(both, [b, c], norm_type, collectives=1, process_group=world)
+        # Ranks outside of a mesh know the norm by a group around it.
+        everywhere = shard(a, Shard(0))
+        part = dtensor(b[: 1 + rank] if rank < 2 else b[:0], [Shard(0)], outer_mesh())
+        expected = reference([a, b[:1], b[:2]], 0.5, norm_type)[0]
+        total_norm = fastclip.get_total_norm([part, everywhere], norm_type, process_groups={world: [part]})
+        assert total_norm.item() == pytest.approx(expected, rel=1e-6)
+
+
+@functools.cache
+def outer_mesh():
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh("cpu", [0, 1])
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_groups_inside_of_named_ones(ranks, norm_type):
+    ranks.run(check_nested_groups, norm_type)
+
+
+def test_flattened_group_does_not_hide_a_named_one():
+    code = """
+import torch, torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import fastclip
+from ranks import all_reduces
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)  # its all-reduce changes nothing
+mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("a", "b", "c"))
+a, b, c = (mesh.get_group(name) for name in "abc")
+grad = DTensor.from_local(torch.ones(2), mesh, [Shard(0)] * 3, run_check=False)
+with all_reduces() as reductions:
+    fastclip.get_total_norm([grad])
+    fastclip.get_total_norm([grad], process_group=a)
+assert reductions == [dist.group.WORLD, b, c, a], reductions
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def check_watched():
     """One rank counts FLOPs: it takes part in the same all-reduce."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -505,6 +505,37 @@ assert reductions == [dist.group.WORLD, b, c, a], reductions
     assert done.returncode == 0, done.stderr
 
 
+def check_nothing_to_exchange():
+    """Neither a dimension of one rank nor a frozen parameter asks for an all-reduce."""
+    Shard, _, _ = placements()
+    _, size = rank_and_size()
+    whole = torch.randn(5, 6)
+    check_clip([shard(whole, Shard(1), Shard(0), mesh=make_mesh((1, size)))], [whole], collectives=1)
+    plain = make_parameter(torch.ones(2))
+    for requires_grad in False, True:
+        parameter = torch.nn.Parameter(shard(whole, Shard(0)), requires_grad=requires_grad)
+        with all_reduces() as reductions:
+            fastclip.clip_grad_norm_([plain, parameter], 0.5)
+        assert len(reductions) == requires_grad
+    # A frozen one in a call that another parameter has brought here.
+    layers = [shard(whole, Shard(1), mesh=make_mesh((1, size))["b"]), whole]
+    frozen = torch.nn.Parameter(shard(whole, Shard(0), mesh=other_mesh()), requires_grad=False)
+    with all_reduces() as reductions:
+        fastclip.clip_grad_norm_([frozen, *make_parameters(layers)], 0.5)
+    assert reductions == [layers[0].device_mesh.get_group()]
+
+
+@functools.cache
+def other_mesh():
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(dist.new_group(list(range(dist.get_world_size()))), "cpu")
+
+
+def test_collectives_are_for_what_is_spread(two):
+    two.run(check_nothing_to_exchange)
+
+
 def check_watched():
     """One rank counts FLOPs: it takes part in the same all-reduce."""
     from torch.utils.flop_counter import FlopCounterMode

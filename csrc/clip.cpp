@@ -91,7 +91,9 @@ Group& Gradients::group_on(c10::Device device) {
 }
 
 Gradients::Added Gradients::fall_back(std::string reason) {
-  if (fallback_reason_.empty()) fallback_reason_ = std::move(reason);
+  // The first reason, but any subclass before it: a DTensor goes to the same collectives on every rank, also where only
+  // this one counts FLOPs or has a complex gradient before it in the list.
+  if (fallback_reason_.empty() || reason == "subclass") fallback_reason_ = std::move(reason);
   return Added::Fallback;
 }
 

@@ -178,14 +178,18 @@ class _Gradients:
         """
         layouts = [(x.device_mesh, x.placements) if is_dtensor(x) else None for x in self.models]
         groups_of = _sharding_groups([layout for layout in dict.fromkeys(layouts) if layout], given)
+        all_groups = list(dict.fromkeys(group for groups in groups_of.values() for group in groups))
+        # A sum over a named group has that over any group inside it: not twice.
+        inside = {(group, named) for named in given for group in all_groups if _within(group, named)}
         parts: dict[frozenset, list[Tensor]] = {}
         for item, grad, local, layout in zip(self.items, self.grads, self.locals, layouts, strict=True):
-            groups = groups_of.get(layout, [])
-            key = frozenset(groups).union(group for group, members in given.items() if id(item) in members)
+            named = [group for group, members in given.items() if id(item) in members]
+            others = [g for g in groups_of.get(layout, []) if not any((g, n) in inside for n in named)]
+            key = frozenset(named + others)
             part = parts.setdefault(key, [])
             if grad is not None:
                 part.append(_local(_without_partial(grad)) if _is_partial(grad) else local)
-        return parts, list(dict.fromkeys(group for groups in groups_of.values() for group in groups))
+        return parts, all_groups
 
     def _local_norm(self, tensors: list[Tensor], p: float, device: torch.device) -> Tensor:
         """The norm of plain tensors: float64, 0-d; that of no elements is 0."""
@@ -253,6 +257,8 @@ def _all_reduce(terms: dict, groups: list, given: list, reduction: _Reduction, d
             keys = [frozenset({group, *some}) for n in range(len(later) + 1) for some in combinations(later, n)]
         else:
             keys = [key for key in terms if group in key]
+        if not keys:
+            continue
         vector = torch.cat([terms.pop(key, zero) for key in keys])
         # A group of NCCL wants it on the device, also when gradients are offloaded to the CPU or this rank has none.
         types = [device.type for device in group._device_types]
@@ -270,10 +276,15 @@ def _sharding_groups(layouts: list, given: Mapping) -> dict:
     groups_of = {layout: [layout[0].get_group(dim) for dim in dims] for layout, dims in dims_of.items()}
     needed = {groups[0] for groups in groups_of.values() if len(groups) == 1}.union(given)
     for (mesh, placements), groups in groups_of.items():
-        # One group for several dimensions, where that saves an all-reduce.
-        if len(set(groups) - needed) > 1 and (flat := _flattened_group(mesh, dims_of[mesh, placements])):
+        # One group for several dimensions, where that saves an all-reduce; it must not hide one that the caller named.
+        flat = _flattened_group(mesh, dims_of[mesh, placements]) if len(set(groups) - needed) > 1 else None
+        if flat and not any(_within(group, flat) and not _within(flat, group) for group in given):
             groups[:] = [flat]
     return groups_of
+
+
+def _within(group, other) -> bool:
+    return set(dist.get_process_group_ranks(group)) <= set(dist.get_process_group_ranks(other))
 
 
 def _sharded_dims(mesh, placements) -> list[int]:

@@ -1,5 +1,6 @@
 """Gradients over several ranks, compared with the whole gradients in float64: DTensors and process groups."""
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -445,6 +446,129 @@ def check_all_at_once(norm_type):
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_stages_experts_and_shards_at_once(four, norm_type):
     four.run(check_all_at_once, norm_type)
+
+
+def check_nested_groups(norm_type):
+    """The mesh's own group named again, as another object or inside a larger one, counts once."""
+    Shard, _, _ = placements()
+    rank, size = rank_and_size()
+    world = dist.new_group(list(range(size)))
+    a, b, c = torch.randn(8), torch.randn(5, 3), torch.randn(4, 4)
+    for group in world, dist.group.WORLD:
+        check_clip([shard(a, Shard(0))], [a], norm_type, collectives=1, process_group=group)
+    if size == 4:
+        mesh = make_mesh((2, 2), ("p", "q"))
+        halves = [torch.randn(2, 3) for _ in range(2)]
+        local = dtensor(halves[mesh.get_local_rank(0)].chunk(2)[mesh.get_local_rank(1)], [Shard(0)], mesh["q"])
+        total_norm = fastclip.get_total_norm([local], norm_type, process_group=world)
+        assert total_norm.item() == pytest.approx(reference(halves, 0.5, norm_type)[0], rel=1e-6)
+        both = shard(b, Shard(0), Shard(1), mesh=mesh), shard(c, Shard(0), Shard(1), mesh=mesh)
+        check_clip(both, [b, c], norm_type, collectives=1, process_group=world)
+        # Ranks outside of a mesh know the norm by a group around it.
+        everywhere = shard(a, Shard(0))
+        part = dtensor(b[: 1 + rank] if rank < 2 else b[:0], [Shard(0)], outer_mesh())
+        expected = reference([a, b[:1], b[:2]], 0.5, norm_type)[0]
+        total_norm = fastclip.get_total_norm([part, everywhere], norm_type, process_groups={world: [part]})
+        assert total_norm.item() == pytest.approx(expected, rel=1e-6)
+
+
+@functools.cache
+def outer_mesh():
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh("cpu", [0, 1])
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_groups_inside_of_named_ones(ranks, norm_type):
+    ranks.run(check_nested_groups, norm_type)
+
+
+def test_flattened_group_does_not_hide_a_named_one():
+    code = """
+import torch, torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import fastclip
+from ranks import all_reduces
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)  # its all-reduce changes nothing
+mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("a", "b", "c"))
+a, b, c = (mesh.get_group(name) for name in "abc")
+grad = DTensor.from_local(torch.ones(2), mesh, [Shard(0)] * 3, run_check=False)
+with all_reduces() as reductions:
+    fastclip.get_total_norm([grad])
+    fastclip.get_total_norm([grad], process_group=a)
+assert reductions == [dist.group.WORLD, b, c, a], reductions
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def check_nothing_to_exchange():
+    """Neither a dimension of one rank nor a frozen parameter asks for an all-reduce."""
+    Shard, _, _ = placements()
+    _, size = rank_and_size()
+    whole = torch.randn(5, 6)
+    check_clip([shard(whole, Shard(1), Shard(0), mesh=make_mesh((1, size)))], [whole], collectives=1)
+    plain = make_parameter(torch.ones(2))
+    for requires_grad in False, True:
+        parameter = torch.nn.Parameter(shard(whole, Shard(0)), requires_grad=requires_grad)
+        with all_reduces() as reductions:
+            fastclip.clip_grad_norm_([plain, parameter], 0.5)
+        assert len(reductions) == requires_grad
+    # A frozen one in a call that another parameter has brought here.
+    layers = [shard(whole, Shard(1), mesh=make_mesh((1, size))["b"]), whole]
+    frozen = torch.nn.Parameter(shard(whole, Shard(0), mesh=other_mesh()), requires_grad=False)
+    with all_reduces() as reductions:
+        fastclip.clip_grad_norm_([frozen, *make_parameters(layers)], 0.5)
+    assert reductions == [layers[0].device_mesh.get_group()]
+
+
+@functools.cache
+def other_mesh():
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(dist.new_group(list(range(dist.get_world_size()))), "cpu")
+
+
+def test_collectives_are_for_what_is_spread(two):
+    two.run(check_nothing_to_exchange)
+
+
+def check_watched():
+    """One rank counts FLOPs: it takes part in the same all-reduce."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    Shard, _, _ = placements()
+    rank, _ = rank_and_size()
+    whole = torch.randn(5, 3)
+    grad = shard(whole, Shard(0))
+    with FlopCounterMode(display=False) if rank == 0 else contextlib.nullcontext(), all_reduces() as reductions:
+        total_norm = fastclip.clip_grad_norm_([make_parameter(grad)], 0.5)
+    assert len(reductions) == 1
+    assert total_norm.full_tensor().item() == pytest.approx(whole.norm().item(), rel=1e-6)
+    assert fastclip.counters()["fallback_reasons"] == ({"dispatch mode": 1} if rank == 0 else {})
+
+
+def test_dispatch_mode_on_one_rank(two):
+    two.run(check_watched)
+
+
+def check_after_complex():
+    Shard, _, _ = placements()
+    rank, _ = rank_and_size()
+    whole, plain = torch.randn(5, 3), torch.full((3,), 3 + 4j)
+    first = [plain] if rank == 0 else []  # only one rank has it, in front
+    grads = [*first, shard(whole, Shard(0))]
+    total_norm = fastclip.get_total_norm(grads).item()
+    expected = (whole.norm().item() ** 2 + 75 * len(first)) ** 0.5
+    assert total_norm == pytest.approx(expected, rel=1e-6)
+    assert fastclip.counters()["fallback_reasons"] == ({"complex": 1} if rank == 0 else {})
+
+
+def test_dtensor_after_a_gradient_that_is_not_fused(two):
+    two.run(check_after_complex)
 
 
 def check_different_parameters():

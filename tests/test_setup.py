@@ -65,9 +65,22 @@ def test_a_toolkit_that_is_too_old_builds_the_cpu_part_and_says_so(setup, toolki
         setup.extension(home)
 
 
+def test_a_toolkit_without_nvcc_builds_the_cpu_part_and_says_so(setup, toolkit, tmp_path, capsys):
+    extension = setup.extension(str(tmp_path))
+    assert not any("cuda" in source for source in extension.sources)
+    assert f"only the CPU part is built: expected a toolkit with bin/nvcc, got {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_toolkit_of_another_major_version_than_torchs_builds_the_cpu_part_and_says_so(setup, toolkit, capsys):
+    extension = setup.extension(str(toolkit("12.6")))
+    assert not any("cuda" in source for source in extension.sources)
+    assert "expected the major version of torch's CUDA 13.0, got 12.6 in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("version", ["12.1", "13.0"])
 def test_a_toolkit_that_is_new_enough_builds_both_parts(setup, toolkit, monkeypatch, version):
     home = str(toolkit(version))
+    monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setenv("CUDA_HOME", home)
     monkeypatch.setattr(setup, "cudart_directory", lambda home: "/with/cudart")
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)

@@ -28,10 +28,28 @@ def cuda_home() -> str | None:
 
 
 def cuda_version(home: str) -> tuple[int, int]:
-    """The toolkit's version, (13, 0)."""
-    text = subprocess.run([Path(home) / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    """The toolkit's version, (13, 0); (0, 0) where it has no nvcc that runs."""
+    try:
+        text = subprocess.run([Path(home) / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return 0, 0
     found = re.search(r"release (\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def unusable_because(home: str) -> str | None:
+    """Why torch's extension builder cannot use a toolkit, or the kernels cannot; None for one that will do."""
+    import torch
+
+    version = cuda_version(home)
+    if version == (0, 0):
+        return f"expected a toolkit with bin/nvcc, got {home}"
+    got = "{}.{} in {}".format(*version, home)
+    if version < OLDEST_CUDA:
+        return f"expected CUDA 12.1 or later, got {got}"
+    if version[0] != int(torch.version.cuda.split(".")[0]):  # torch would end the build, and that of the CPU part too
+        return f"expected the major version of torch's CUDA {torch.version.cuda}, got {got}"
+    return None
 
 
 def cudart_directory(home: str) -> str | None:
@@ -64,14 +82,9 @@ def extension(home: str | None):
     wanted = os.environ.get("FASTCLIP_CUDA", "auto")
     possible = bool(cuda_sources and home and torch.version.cuda)
     reason = "expected CUDA sources, nvcc and a torch with CUDA; one is missing"
-    if possible:
-        found = "got {}.{} in {}".format(*cuda_version(home), home)
-        if cuda_version(home) < OLDEST_CUDA:
-            possible, reason = False, f"expected CUDA 12.1 or later, {found}"
-        elif str(cuda_version(home)[0]) != torch.version.cuda.split(".")[0]:
-            possible, reason = False, f"expected CUDA {torch.version.cuda}, with which torch is built, {found}"
-        if not possible:
-            print(f"fastclip: only the CPU part is built: {reason}", file=sys.stderr)
+    if possible and (unusable := unusable_because(home)):
+        possible, reason = False, unusable
+        print(f"fastclip: only the CPU part is built: {reason}", file=sys.stderr)
     if wanted == "1" and not possible:
         raise SystemExit(f"FASTCLIP_CUDA=1: {reason}")
     if possible and wanted != "0":

@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/core/ScalarTypeToTypeMeta.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/TypeCast.h>
@@ -103,7 +104,7 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
   }
   if (!is_plain(*grad)) return fall_back(why_not_plain(*grad));
   DType dtype;
-  const at::ScalarType scalar_type = grad->dtype().toScalarType();
+  const at::ScalarType scalar_type = c10::typeMetaToScalarType(grad->dtype());
   switch (scalar_type) {
     case at::kFloat:
       dtype = DType::F32;

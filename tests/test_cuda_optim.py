@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cuda_support import EMULATED, assert_one_launch, cuda_device, watch  # noqa: F401
+from cuda_support import EMULATED, assert_one_launch, cuda, watch
 from torch.optim import SGD, AdamW
 
 import fastclip
 from fastclip import ClippedOptimizer
 
-pytestmark = pytest.mark.cuda
+pytestmark = cuda
 INF = float("inf")
 scalers = pytest.mark.parametrize("scaler_type", [torch.amp.GradScaler, fastclip.GradScaler], ids=["torch", "fastclip"])
 

@@ -56,7 +56,6 @@ def test_no_nvcc(setup, monkeypatch):
 UNFIT = {
     "11.8": "expected CUDA 12.1 or later",
     "12.0": "expected CUDA 12.1 or later",
-    "12.9": "expected CUDA 13.0, with which torch is built",
 }
 
 
@@ -72,12 +71,24 @@ def test_an_unfit_toolkit_builds_the_cpu_part_and_says_so(setup, toolkit, monkey
         setup.extension(home)
 
 
-@pytest.mark.parametrize("version", ["12.1", "13.0", "13.2"])
+def test_a_toolkit_without_nvcc_builds_the_cpu_part_and_says_so(setup, toolkit, tmp_path, capsys):
+    extension = setup.extension(str(tmp_path))
+    assert not any("cuda" in source for source in extension.sources)
+    assert f"only the CPU part is built: expected a toolkit with bin/nvcc, got {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_toolkit_of_another_major_version_than_torchs_builds_the_cpu_part_and_says_so(setup, toolkit, capsys):
+    extension = setup.extension(str(toolkit("12.6")))
+    assert not any("cuda" in source for source in extension.sources)
+    assert "expected the major version of torch's CUDA 13.0, got 12.6 in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["12.1", "13.0"])
 def test_a_toolkit_that_is_new_enough_builds_both_parts(setup, toolkit, monkeypatch, version):
     home = str(toolkit(version))
+    monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setenv("CUDA_HOME", home)
     monkeypatch.setattr(setup, "cudart_directory", lambda home: "/with/cudart")
-    monkeypatch.setattr(torch.version, "cuda", version.split(".")[0] + ".1")
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
     extension = setup.extension(home)
     assert any(source.endswith("launch.cu") for source in extension.sources)

@@ -1,6 +1,6 @@
 #include "packed_table.h"
 
-#include <ATen/core/CachingHostAllocator.h>
+#include <ATen/cuda/CachingHostAllocator.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -74,22 +74,25 @@ std::vector<std::unique_ptr<c10::DataPtr>>& ownerless = *new std::vector<std::un
 
 void upload(const PackedTable& table, void* memory, c10::cuda::CUDAStream stream) {
   // torch's pinned memory is used again only after the event that record_event() leaves in the stream.
-  at::HostAllocator* pinned = at::getHostAllocator(at::kCUDA);
+  // Deprecated in torch 2.14, but what replaces it is not in 2.7.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  auto* const pinned = at::cuda::getCachingHostAllocator();
   const c10::DataPtr staged = pinned->allocate(bytes_of(table));
   std::memcpy(staged.get(), table.entries(), bytes_of(table));
   C10_CUDA_CHECK(cudaMemcpyAsync(memory, staged.get(), bytes_of(table), cudaMemcpyHostToDevice, stream));
-  pinned->record_event(staged.get(), staged.get_context(), stream.unwrap());
+  at::cuda::CachingHostAllocator_recordEvent(staged.get(), staged.get_context(), stream);
+#pragma GCC diagnostic pop
 }
 
-// The graph that a stream's work is captured into; null if it is not.
+// The graph that a stream is being captured into, or null. (c10 has a function for it, but not in torch 2.7.)
 cudaGraph_t captured_graph(cudaStream_t stream) {
   cudaStreamCaptureStatus status;
-  unsigned long long id;
   cudaGraph_t graph = nullptr;
 #if CUDART_VERSION >= 13000
-  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id, &graph, nullptr, nullptr, nullptr));
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, nullptr, nullptr, nullptr));
 #else
-  C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v2(stream, &status, &id, &graph, nullptr, nullptr));
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, &graph, nullptr, nullptr));
 #endif
   return status == cudaStreamCaptureStatusActive ? graph : nullptr;
 }
@@ -140,7 +143,7 @@ bool same(const Copy& copy, const PackedTable& table) {
 }  // namespace
 
 TableOnDevice on_device(const PackedTable& table, c10::cuda::CUDAStream stream) {
-  if (const cudaGraph_t graph = captured_graph(stream)) return {upload_for_graph(table, stream, graph), {}};
+  if (cudaGraph_t graph = captured_graph(stream)) return {upload_for_graph(table, stream, graph), {}};
 
   std::vector<std::unique_ptr<c10::DataPtr>> garbage;
   {

@@ -150,6 +150,7 @@ def test_threads_with_long_lists_on_one_stream():
         thread.start()
     for thread in threads:
         thread.join()
+    torch.cuda.synchronize()
     for grads, results in zip(before, norms, strict=True):
         for norm in results:
             check_norm(norm, grads, 2)

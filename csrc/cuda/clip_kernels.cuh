@@ -305,8 +305,8 @@ struct L1 {
 };
 
 struct L2 {
-  // Sums of squares. Those of values beyond 2^500 and below 2^-400 are no numbers in float64; they are summed apart,
-  // multiplied by powers of 2.
+  // Sums of squares. Those of values beyond 2^480, if there are many, and below 2^-400 are no numbers in float64; they
+  // are summed apart, multiplied by powers of 2.
   double sum = 0, large = 0, small = 0;
 
   template <class D>
@@ -327,7 +327,7 @@ struct L2 {
   }
   __device__ void take(double x) {
     const double size = fabs(x);
-    if (size > 0x1p500) {
+    if (size > 0x1p480) {
       large = fma(x * 0x1p-600, x * 0x1p-600, large);
     } else if (size < 0x1p-400) {
       small = fma(x * 0x1p600, x * 0x1p600, small);

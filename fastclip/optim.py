@@ -193,7 +193,7 @@ class ClippedOptimizer(Optimizer):
             clip.clip_grad_norm_(parameters, threshold, self.norm_type)
         if max_norm is not None:
             norm = clip.clip_grad_norm_(self._parameters(), max_norm, self.norm_type)
-            self._last = norm, max_norm
+            self._last = _plain(norm), max_norm
 
     def _threshold(self, value: Threshold, argument: str = "max_norm") -> float | Tensor:
         return _number(value(self.steps) if callable(value) else value, argument)
@@ -238,7 +238,7 @@ class ClippedOptimizer(Optimizer):
             raise ValueError("fold: expected with True dense gradients, got a sparse one")
         with torch.no_grad():
             norm = clip.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+            norm = _plain(norm)
             self._last = norm if grad_scale is None else norm / grad_scale, max_norm
             return ((1 if grad_scale is None else grad_scale) / self.last_clip_coef).float()
 
@@ -331,6 +331,11 @@ def _forget(optimizer: Optimizer) -> None:
 
 def _first_given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
+
+
+def _plain(norm: Tensor) -> Tensor:
+    """The norm of a sharded model, which comes as a replicated DTensor, as a plain tensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _number(value: float | Tensor, argument: str) -> float | Tensor:

@@ -686,6 +686,38 @@ def test_model_under_fsdp_and_tensor_parallel(four):
     four.run(check_model, (2, 2), True)
 
 
+def check_optimizer(fold):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = make_mesh((2,), ("dp",))
+    whole, model = (torch.nn.Sequential(Block(), Block()) for _ in range(2))
+    model.load_state_dict(whole.state_dict())
+    fully_shard(model, mesh=mesh)
+    bare = torch.optim.AdamW(whole.parameters(), 0.01, fused=True)
+    optimizer = fastclip.ClippedOptimizer(torch.optim.AdamW(model.parameters(), 0.01, fused=True), 0.1, fold=fold)
+    for _ in range(3):
+        x = torch.randn(6, 12) * 10
+        bare.zero_grad()
+        optimizer.zero_grad()
+        whole(x).square().mean().backward()
+        model(x).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.1)
+        assert norm.item() > 0.2
+        bare.step()
+        optimizer.step()
+        assert type(optimizer.last_total_norm) is torch.Tensor
+        assert optimizer.last_total_norm.item() == pytest.approx(norm.item(), rel=1e-4)
+    assert fastclip.counters()["fallback"] == 0
+    for sharded, parameter in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(sharded.full_tensor(), parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_optimizer_under_fsdp(two, fold):
+    """The norm is that of the whole model, on every rank."""
+    two.run(check_optimizer, fold)
+
+
 def test_import_leaves_dtensor_alone():
     code = """
 import sys, torch, fastclip

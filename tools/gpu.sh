@@ -25,10 +25,10 @@ export TORCH_CUDA_ARCH_LIST
 "$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)'
 
 say "build for $TORCH_CUDA_ARCH_LIST"
-FASTCLIP_CUDA=1 FASTCLIP_REQUIRE_NATIVE=1 timeout 180 "$python" setup.py --quiet build_ext --inplace || exit 1
+FASTCLIP_CUDA=1 FASTCLIP_REQUIRE_NATIVE=1 timeout 120 "$python" setup.py --quiet build_ext --inplace || exit 1
 
 say "tests over cuda"
-timeout 180 "$python" -m pytest tests --ignore=tests/trainers -m cuda -q || failed+=("tests")
+timeout 150 "$python" -m pytest tests --ignore=tests/trainers -m cuda -q || failed+=("tests")
 
 say "compute-sanitizer"
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null || true)
@@ -36,7 +36,7 @@ if [ -z "$sanitizer" ]; then
     echo "not found: left out"
 else
     for tool in memcheck racecheck synccheck; do
-        log=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 40 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        log=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 30 "$sanitizer" --tool "$tool" --error-exitcode 9 \
             --kernel-name regex:clip_kernel "$python" -m benchmarks.gpu_small_run 2>&1)
         case $? in
             0) echo "$tool: clean" ;;
@@ -47,7 +47,7 @@ else
 fi
 
 say "benchmark"
-timeout 200 "$python" -m benchmarks.gpu "$@" || failed+=("benchmark")
+timeout 170 "$python" -m benchmarks.gpu "$@" || failed+=("benchmark")
 
 if [ ${#failed[@]} -gt 0 ]; then
     say "FAILED: ${failed[*]}"

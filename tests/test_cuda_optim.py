@@ -10,6 +10,7 @@ from fastclip import ClippedOptimizer
 
 pytestmark = cuda
 INF = float("inf")
+POLLS = 100_000  # bytes: partial norms, and the polls of the barrier, whose number depends on the order of blocks
 scalers = pytest.mark.parametrize("scaler_type", [torch.amp.GradScaler, fastclip.GradScaler], ids=["torch", "fastclip"])
 
 
@@ -76,7 +77,7 @@ def test_a_folded_step_waits_for_nothing_and_clips_in_one_launch(max_norm):
         (kernel,) = seen.kernels
         total, blocks = 4 * 300_017, kernel.grid[0]
         # Reads the gradients once, each block all partial norms; writes partial norms and results only.
-        assert 32 * kernel.stats.global_read_sectors <= 1.01 * total + 64 * blocks * blocks
+        assert 32 * kernel.stats.global_read_sectors <= total + POLLS
         assert kernel.stats.global_written_bytes <= 16 * blocks + 64
     optimizer.step()  # makes the optimizer's state
     with watch() as seen:
@@ -97,7 +98,7 @@ def test_an_amp_step_is_one_launch(fold):
     if EMULATED:
         (kernel,) = seen.kernels
         total, blocks = 4 * 300_017, kernel.grid[0]
-        assert 32 * kernel.stats.global_read_sectors <= (1 if fold else 2) * 1.01 * total + 64 * blocks * blocks
+        assert 32 * kernel.stats.global_read_sectors <= (1 if fold else 2) * total + POLLS
         assert kernel.stats.global_written_bytes <= (0 if fold else total) + 16 * blocks + 64
     assert found_inf.item() == 0
     optimizer._prepared = None

@@ -1,42 +1,20 @@
 """transformers.Trainer(optimizers=(ClippedOptimizer, scheduler)), with a checkpoint in the middle."""
 
-import pytest
 import torch
+from llama_support import llama, training_arguments, transformers
 
 import fastclip
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
 
 STEPS = 4
 
 
 def train(wrap, folder, resume=False):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    model = llama()
     inner = torch.optim.SGD(model.parameters(), 5.0, momentum=0.9, fused=True)
     optimizer = fastclip.ClippedOptimizer(inner, 0.1) if wrap else inner
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=STEPS)
-    arguments = transformers.TrainingArguments(
-        output_dir=folder,
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        max_grad_norm=0.0 if wrap else 0.1,
-        save_steps=2,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=0,
-    )
+    arguments = training_arguments(folder, max_steps=STEPS, max_grad_norm=0.0 if wrap else 0.1, save_steps=2)
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(64, (4 * STEPS, 8))]
     trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, scheduler))
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2" if resume else None)

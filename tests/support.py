@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastclip
@@ -25,6 +26,10 @@ EDGES = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129,
 EDGES += [1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 32769, 65535, 65536, 65537]
 # More than 1 MB of every dtype: two threads share it. On an emulated device some blocks do.
 LARGE = 20_011 if EMULATED else 600_001
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+norm_types = pytest.mark.parametrize("norm_type", NORM_TYPES)
+small_and_large = pytest.mark.parametrize("size", [100, LARGE])
 
 
 def make_parameter(grad):

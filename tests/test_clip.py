@@ -13,22 +13,20 @@ from support import (
     INF,
     LARGE,
     NAN,
-    NORM_TYPES,
     assert_equal,
     bits,
     check_against_torch,
     clone,
     clone_for_torch,
+    dtypes,
     make_parameters,
+    norm_types,
     outcome,
     run_python,
+    small_and_large,
 )
 
 import fastclip
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-norm_types = pytest.mark.parametrize("norm_type", NORM_TYPES)
-small_and_large = pytest.mark.parametrize("size", [100, LARGE])
 
 
 def check_clip(grads, max_norm, norm_type=2.0):

@@ -6,15 +6,12 @@ import pytest
 import torch
 from cuda_support import EDGES, EMULATED, cuda, cudaemu, on_host, parameters_of, slices, unaligned
 from oracle import check_norm, check_scaled, coefficient, total_norm
+from support import DTYPES, INF, dtypes, norm_types
 
 import fastclip
 from fastclip._native import _C
 
 pytestmark = cuda
-INF = math.inf
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-norm_types = pytest.mark.parametrize("norm_type", [1, 2, INF])
 
 
 def check_clip(grads, max_norm, norm_type=2, value=None):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from cuda_support import EMULATED, assert_one_launch, cuda, watch
+from support import INF
 from torch.optim import SGD, AdamW
 
 import fastclip
 from fastclip import ClippedOptimizer
 
 pytestmark = cuda
-INF = float("inf")
 POLLS = 100_000  # bytes: partial norms, and the polls of the barrier, whose number depends on the order of blocks
 scalers = pytest.mark.parametrize("scaler_type", [torch.amp.GradScaler, fastclip.GradScaler], ids=["torch", "fastclip"])
 

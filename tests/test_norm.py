@@ -3,12 +3,9 @@
 import pytest
 import torch
 from oracle import check_norm
-from support import DTYPES, EDGES, EMULATED, INF, LARGE, NAN, NORM_TYPES
+from support import DTYPES, EDGES, EMULATED, INF, LARGE, NAN, dtypes, norm_types
 
 import fastclip
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-norm_types = pytest.mark.parametrize("norm_type", NORM_TYPES)
 
 
 def check(grads, norm_type):

@@ -53,16 +53,10 @@ def test_no_nvcc(setup, monkeypatch):
     assert setup.cuda_home() is None
 
 
-UNFIT = {
-    "11.8": "expected CUDA 12.1 or later",
-    "12.0": "expected CUDA 12.1 or later",
-}
-
-
-@pytest.mark.parametrize(("version", "expected"), UNFIT.items())
-def test_an_unfit_toolkit_builds_the_cpu_part_and_says_so(setup, toolkit, monkeypatch, capsys, version, expected):
+@pytest.mark.parametrize("version", ["11.8", "12.0"])
+def test_a_toolkit_that_is_too_old_builds_the_cpu_part_and_says_so(setup, toolkit, monkeypatch, capsys, version):
     home = str(toolkit(version))
-    message = f"{expected}, got {version} in {home}"
+    message = f"expected CUDA 12.1 or later, got {version} in {home}"
     extension = setup.extension(home)
     assert not any("cuda" in source for source in extension.sources)
     assert capsys.readouterr().err.endswith(f"fastclip: only the CPU part is built: {message}\n")

@@ -13,14 +13,13 @@ from support import (
     check_against_torch,
     clone,
     clone_for_torch,
+    dtypes,
     make_parameters,
     outcome,
+    small_and_large,
 )
 
 import fastclip
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-small_and_large = pytest.mark.parametrize("size", [100, LARGE])
 
 
 def check_value(grads, clip_value):

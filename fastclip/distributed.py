@@ -123,13 +123,11 @@ class _Gradients:
 
     def total_norm(self, norm_type: float, error_if_nonfinite: bool, given: Mapping) -> tuple[Tensor, Tensor]:
         """The norm as users get it, and in float64 as the clip coefficient is computed from it."""
-        p = float(norm_type)
+        p, device = float(norm_type), self._device()
         reduction = _Reduction(p)
         parts, groups = self._by_groups(given)
-        terms = {}
-        for key, tensors in parts.items():
-            terms[key] = reduction.terms(self._local_norm(tensors, p, self._device()))
-        unrounded = reduction.norm(_all_reduce(terms, groups, list(given), reduction, self._device()))
+        terms = {key: reduction.terms(self._local_norm(tensors, p, device)) for key, tensors in parts.items()}
+        unrounded = reduction.norm(_all_reduce(terms, groups, list(given), reduction, device))
         norm = unrounded.to(self._norm_dtype())
         if error_if_nonfinite:
             _torch_functions.get_total_norm([norm], p, error_if_nonfinite=True)  # torch's own error

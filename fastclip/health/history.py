@@ -35,7 +35,7 @@ class Activation:
 
 @dataclass
 class History:
-    """``steps`` recorded steps of ``layers`` parameters; gradients as before clipping, without a GradScaler's factor."""
+    """Recorded steps of a model's parameters: gradients as before clipping, without a GradScaler's factor."""
 
     layers: list[Layer]
     steps: Tensor  # int64 [steps]: the training step of each record, rising; not every step has to be there

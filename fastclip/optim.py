@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from fastclip import clip
@@ -115,12 +114,19 @@ class ClippedOptimizer(Optimizer):
             RuntimeError: called during the backward pass, when only a part of the gradients exists.
             ValueError: a threshold is negative or NaN; ``fold=True`` is not possible. Nothing has been changed then.
         """
-        if is_dynamo_compiling():  # leaves the graph; to be outside of it always would cost 2 us
+        # torch.compile leaves its graph for the step; to be outside of it always would cost 2 us. The name `torch` has
+        # to stand here: in frames without tensors or torch, Dynamo evaluates nothing and goes on to trace the callees.
+        if torch.compiler.is_dynamo_compiling():
             return _step_outside_of_graphs(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # or torch would put its own hooks around it, those of all optimizers a second time
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         try:
             if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
                 return self._step_with_hooks((self, closure), {})
-            return self._step(closure)
+            return self._clip_and_step(closure)
         except BaseException:
             _forget(self)  # a GradScaler does it after a step that ended well
             raise
@@ -129,18 +135,16 @@ class ClippedOptimizer(Optimizer):
             if "grad_scale" in attributes or "found_inf" in attributes:
                 _forget(self.optimizer)
 
-    step.hooked = True  # or torch would put its own hooks around it, those of all optimizers a second time
-
     def _step_with_hooks(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Runs the hooks of this very optimizer. Those of all optimizers run around the inner step."""
         for hook in self._optimizer_step_pre_hooks.values():
             args, kwargs = _first_given(hook(self, args, kwargs), (args, kwargs))
-        result = self._step(*args[1:], **kwargs)
+        result = self._clip_and_step(*args[1:], **kwargs)
         for hook in self._optimizer_step_post_hooks.values():
             hook(self, args, kwargs)
         return result
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _clip_and_step(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is None:
             self._clip()
             result = self.optimizer.step()
@@ -324,7 +328,7 @@ class ClippedOptimizer(Optimizer):
             self.__dict__.setdefault(name, OrderedDict())
 
 
-_step_outside_of_graphs = torch._disable_dynamo(ClippedOptimizer.step)
+_step_outside_of_graphs = torch._disable_dynamo(ClippedOptimizer._step)
 
 
 def _forget(optimizer: Optimizer) -> None:

@@ -562,6 +562,8 @@ def test_distributed_checkpoints():
 @fused
 @pytest.mark.parametrize("inside", [False, True], ids=["wrapper", "inner"])
 def test_compiled_steps(make, inside):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain, model = make_model(), make_model()
     bare, optimizer = make(plain.parameters()), ClippedOptimizer(make(model.parameters()), 1.0)
     if inside:
@@ -579,6 +581,8 @@ def test_compiled_steps(make, inside):
         step()
         assert optimizer.last_total_norm == norm and not left_behind(optimizer)
     torch.testing.assert_close(weights(model), weights(plain), rtol=2e-6, atol=2e-6)
+    if not inside:  # only the lambda and the door out of the graph were compiled, nothing behind it
+        assert torch._dynamo.utils.counters["frames"]["total"] == 2
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")

@@ -12,6 +12,10 @@ constexpr int64_t kSmallBytes = 1 << 20;
 // The norm of all elements, not rounded to the gradients' dtype. Never overflows where the result is representable.
 double total_norm(const TensorTable& table, NormType type);
 
+// The same number, and adds what is known of each slice to its row of `rows`, in the same pass. A row that nothing has
+// been added to is all zeros; parts of one gradient may come in several calls.
+double total_norm(const TensorTable& table, NormType type, StatisticsRow* rows);
+
 // Multiplies every element by coef.
 void scale(const TensorTable& table, double coef);
 

@@ -213,6 +213,59 @@ py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handl
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+// The same with statistics: their values are left in `statistics.values`, also where the norm is not finite and that is
+// an error. Functions of their own, so that calls without statistics pay nothing.
+template <class Work>
+py::object with_statistics(Gradients& grads, double p, py::handle statistics, Work work) {
+  at::Tensor values;
+  const auto hand_out = [&] {
+    if (values.defined()) statistics.attr("values") = to_python(values);
+  };
+  if (!grads.none() && grads.fallback_reason().empty()) {
+    const std::string reason = why_not_examined(grads);
+    if (!reason.empty()) return py::str(reason);
+  }
+  try {
+    py::object result = with_norm_type(grads, p, [&](NormType type) { return work(type, &values); });
+    hand_out();
+    return result;
+  } catch (...) {
+    hand_out();
+    throw;
+  }
+}
+
+py::object clip_grad_norm_with_statistics(py::handle parameters, py::handle max_norm, py::handle norm_type,
+                                          py::handle error_if_nonfinite, py::handle statistics) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::clip_grad_norm_", {});
+  const double p = to_double(norm_type, "norm_type");
+  const Number threshold = to_number(max_norm, "max_norm");
+  const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
+  Gradients grads(Access::Write, expected_size(parameters));
+  collect(grads, parameters.ptr(), Items::Parameters);
+  return with_statistics(grads, p, statistics, [&](NormType type, at::Tensor* values) {
+    return fastclip::clip_grad_norm(grads, threshold, type, error, values);
+  });
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::object prepare_step_with_statistics(py::handle parameters, py::handle max_norm, py::handle norm_type,
+                                        py::handle grad_scale, bool in_place, py::handle statistics) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::prepare_step", {});
+  const double p = to_double(norm_type, "norm_type");
+  const Number threshold = to_number(max_norm, "max_norm");
+  const Number scale = grad_scale.is_none() ? Number{1, {}} : to_number(grad_scale, "grad_scale");
+  Gradients grads(in_place ? Access::Write : Access::Read, expected_size(parameters));
+  collect(grads, parameters.ptr(), Items::Parameters);
+  if (in_place && grads.has(DType::F16)) return py::str("unscaling float16");
+  return with_statistics(grads, p, statistics, [&](NormType type, at::Tensor* values) {
+    return fastclip::prepare_step(grads, threshold, type, scale, in_place, values);
+  });
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 py::object prepare_step(py::handle parameters, py::handle max_norm, py::handle norm_type, py::handle grad_scale,
                         bool in_place) {
   HANDLE_TH_ERRORS
@@ -278,6 +331,22 @@ py::object norm_of(py::handle grads_list, double p) {
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+// The same, and the gradients' statistics: (norm, values).
+py::object norm_and_statistics_of(py::handle grads_list, double p) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::norm_of", {});
+  Gradients grads(Access::Read, expected_size(grads_list));
+  collect(grads, grads_list.ptr(), Items::Tensors);
+  if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  if (grads.none()) return py::str("no gradients");
+  const std::string reason = why_not_examined(grads);
+  if (!reason.empty()) return py::str(reason);
+  at::Tensor values;
+  const double norm = run(grads, [&] { return examine(grads, *fused_norm_type(p), values); });
+  return py::make_tuple(to_python(number_tensor(norm, at::kDouble)), to_python(values));
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 py::object scale_by_norm_(py::handle grads_list, py::handle max_norm, py::handle total_norm) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::scale_by_norm_", {});
@@ -317,6 +386,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_by_norm_", &fc::scale_by_norm_);
   m.def("clamp_", &fc::clamp_);
   m.def("prepare_step", &fc::prepare_step);
+  m.def("clip_grad_norm_with_statistics", &fc::clip_grad_norm_with_statistics);
+  m.def("prepare_step_with_statistics", &fc::prepare_step_with_statistics);
+  m.def("norm_and_statistics_of", &fc::norm_and_statistics_of);
   m.def("count_native_call", &fastclip::count_native_call);
   m.def("native_calls", [] { return fastclip::native_calls.load(); });
   m.def("operator_fallback_reasons", &fastclip::ops::fallback_reasons);

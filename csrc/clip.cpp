@@ -140,12 +140,13 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
   if (grad->is_non_overlapping_and_dense()) {
     if (grad->unsafe_storage().nbytes() < (offset + numel) * item_size(dtype)) return Added::NoMemory;
     void* data = access_ == Access::Write ? grad->mutable_data() : const_cast<void*>(grad->data());
-    group.dense.add(data, numel, dtype);
+    group.dense.add(data, numel, dtype, static_cast<uint32_t>(count_ - 1));
     group.impls.push_back(grad);
     return Added::Yes;
   }
   if (access_ == Access::Write) at::assert_no_internal_overlap(grad);
-  group.gapped.push_back({at::Tensor(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad)), dtype});
+  group.gapped.push_back({at::Tensor(c10::intrusive_ptr<at::TensorImpl>::unsafe_reclaim_from_nonowning(grad)), dtype,
+                          static_cast<uint32_t>(count_ - 1)});
   return Added::Yes;
 }
 
@@ -184,6 +185,32 @@ double total_norm(const Group& group, NormType type) {
     });
   }
   return total;
+}
+
+double total_norm(const Group& group, NormType type, StatisticsRow* rows) {
+  double total = cpu::total_norm(group.dense, type, rows);
+  for (const Gapped& grad : group.gapped) {
+    for_each_piece(grad.tensor, [&](const at::Tensor& piece) {
+      TensorTable table;
+      table.add(piece.mutable_data_ptr(), piece.numel(), grad.dtype, grad.row);
+      total = combine_norms(total, cpu::total_norm(table, type, rows), type);
+    });
+  }
+  return total;
+}
+
+double examine(const Gradients& grads, NormType type, at::Tensor& statistics) {
+  static_assert(sizeof(StatisticsRow) == 6 * sizeof(double));
+  at::Tensor values = at::detail::empty_cpu({grads.count(), 6}, at::kDouble);
+  auto* rows = static_cast<StatisticsRow*>(values.mutable_data_ptr());
+  std::fill_n(rows, grads.count(), StatisticsRow{});
+  const double norm = total_norm(grads.groups().front(), type, rows);
+  statistics = std::move(values);
+  return norm;
+}
+
+std::string why_not_examined(const Gradients& grads) {
+  return grads.only_on_cpu() ? "" : "statistics on a device";
 }
 
 void scale(Group& group, double coef) {
@@ -279,12 +306,14 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
   return number_tensor(norm, grads.norm_dtype());
 }
 
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite) {
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
+                          at::Tensor* statistics) {
 #ifdef FASTCLIP_CUDA
   if (!grads.only_on_cpu()) return cuda::clip_grad_norm(grads, max_norm, type, error_if_nonfinite);
 #endif
   Group& group = grads.groups().front();
-  const double norm = total_norm(group, type), returned_norm = rounded(norm, grads.norm_dtype());
+  const double norm = statistics ? examine(grads, type, *statistics) : total_norm(group, type);
+  const double returned_norm = rounded(norm, grads.norm_dtype());
   if (error_if_nonfinite) check_finite(returned_norm, type);
   at::Tensor result = number_tensor(norm, grads.norm_dtype());  // before anything is written: it may be out of memory
   const double coef = coef_for(max_norm.here(), norm, returned_norm);
@@ -292,13 +321,14 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
   return result;
 }
 
-Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale,
-                      bool in_place) {
+Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
+                      at::Tensor* statistics) {
 #ifdef FASTCLIP_CUDA
   if (!grads.only_on_cpu()) return cuda::prepare_step(grads, max_norm, type, grad_scale, in_place);
 #endif
   Group& group = grads.groups().front();
-  const double norm = total_norm(group, type), scaled_by = grad_scale.here();
+  const double norm = statistics ? examine(grads, type, *statistics) : total_norm(group, type);
+  const double scaled_by = grad_scale.here();
   const double factor = step_factor(max_norm.here(), norm, scaled_by, grads.norm_dtype());
   Prepared prepared = prepared_tensors(norm, scaled_by, factor, grads.norm_dtype());
   if (in_place && std::isfinite(norm) && must_scale(factor)) scale(group, factor);

@@ -31,6 +31,7 @@ std::optional<Number> on_device(const at::Tensor& tensor);
 struct Gapped {
   at::Tensor tensor;
   DType dtype;
+  uint32_t row;  // as in Slice
 };
 
 // The gradients of one call that lie on one device.
@@ -67,8 +68,10 @@ class Gradients {
   void own_all();
 
   bool none() const { return count_ == 0; }
+  int64_t count() const { return count_; }
   bool only_on_cpu() const { return groups_.size() == 1 && groups_[0].device.is_cpu(); }
   c10::SmallVectorImpl<Group>& groups() { return groups_; }
+  const c10::SmallVectorImpl<Group>& groups() const { return groups_; }
   bool has_empty() const { return has_empty_; }
   const std::string& fallback_reason() const { return fallback_reason_; }
   int64_t bytes() const { return bytes_; }
@@ -99,6 +102,7 @@ class Gradients {
 
 // A group on the CPU: its norm, unrounded; its gradients changed in place, and their version counters where they were.
 double total_norm(const Group& group, NormType type);
+double total_norm(const Group& group, NormType type, StatisticsRow* rows);  // also adds to the gradients' rows
 void scale(Group& group, double coef);
 void clamp(Group& group, double clip_value);
 
@@ -140,7 +144,14 @@ Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, 
 
 // The functions of fastclip._C, on packed gradients.
 at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite);
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite);
+// With `statistics`, a tensor that becomes [gradients, 6] float64, also when the norm is not finite and that is an
+// error.
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
+                          at::Tensor* statistics = nullptr);
+// The statistics alone, on the CPU, and the unrounded norm.
+double examine(const Gradients& grads, NormType type, at::Tensor& statistics);
+// Why torch has to compute statistics, "" where a kernel does.
+std::string why_not_examined(const Gradients& grads);
 void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm);
 void clip_grad_value(Gradients& grads, double clip_value);
 
@@ -150,6 +161,7 @@ void clip_grad_value(Gradients& grads, double clip_value);
 // Whether one is shows in the norm, unrounded: it is finite exactly when all of them are. A sum of squares of finite
 // float32 is at most 2^256 times their number, and float64 reaches to 2^1024. Only float64 gradients can have a norm
 // beyond their dtype, above 1.8e308; that counts as inf.
-Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place);
+Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
+                      at::Tensor* statistics = nullptr);
 
 }  // namespace fastclip

@@ -19,6 +19,19 @@ struct Slice {
   int64_t bytes;
   DType dtype;
   uint8_t written;  // set by clamp() when it changed something; two threads may share a slice and both set it
+  uint32_t row;     // which of the call's gradients it is, empty ones counted
+};
+
+// What statistics say of a gradient, in the order of fastclip/statistics.py's columns.
+struct StatisticsRow {
+  double norm, abs_max, zeros, infs, nans, subnormals;
+};
+
+// The same of a part of a gradient, before parts are combined.
+struct PartStatistics {
+  long double sum;  // of |x| or x^2; unspecified for NormType::Inf
+  long double abs_max;
+  int64_t zeros, infs, nans, subnormals;
 };
 
 // A position in a table: byte `byte` of slice `slice`.

@@ -14,10 +14,10 @@ class TensorTable {
   void reserve(size_t slices) { slices_.reserve(slices); }
 
   // Empty gradients carry nothing to reduce or scale: they are never in the table, so no backend has to skip them.
-  void add(void* data, int64_t numel, DType dtype) {
+  void add(void* data, int64_t numel, DType dtype, uint32_t row = 0) {
     if (numel == 0) return;
     const int64_t bytes = numel * item_size(dtype);
-    slices_.push_back({static_cast<char*>(data), bytes, dtype, 0});
+    slices_.push_back({static_cast<char*>(data), bytes, dtype, 0, row});
     bytes_ += bytes;
   }
 

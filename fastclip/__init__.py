@@ -9,10 +9,13 @@ from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_nor
 from fastclip.counters import counters, reset_counters
 from fastclip.optim import ClippedOptimizer
 from fastclip.patching import is_patched, patch, patched, unpatch
+from fastclip.statistics import GradStatistics
 
 __all__ = [
     "ClippedOptimizer",
     "GradScaler",
+    "GradStatistics",
+    "GradientMonitor",
     "__version__",
     "build_info",
     "clip_grad_norm_",
@@ -26,6 +29,19 @@ __all__ = [
     "reset_counters",
     "unpatch",
 ]
+
+
+def __getattr__(name: str):
+    if name == "GradientMonitor":  # only who monitors imports it
+        from fastclip.health.monitor import GradientMonitor
+
+        return GradientMonitor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 if os.environ.get("FASTCLIP_AUTOPATCH") == "1":
     patch()

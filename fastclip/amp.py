@@ -27,7 +27,7 @@ class GradScaler(torch.amp.GradScaler):
                 self._prepare(optimizer)
             return super().step(optimizer, *args, **kwargs)
         finally:
-            optimizer._prepared = None
+            optimizer._prepared, optimizer._is_recorded = None, False
 
     def _prepare(self, optimizer: ClippedOptimizer) -> None:
         scale, _ = self._check_scale_growth_tracker("step")

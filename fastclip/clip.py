@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fastclip import _torch_functions, compiled, distributed
+from fastclip import _torch_functions, compiled, distributed, watching
 from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
+from fastclip.statistics import GradStatistics
+from fastclip.statistics import by_torch as statistics_by_torch
+from fastclip.statistics import check as check_statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -85,6 +88,7 @@ def clip_grad_norm_(
     *,
     process_group: "ProcessGroup | None" = None,
     process_groups: "Mapping[ProcessGroup, Tensors] | None" = None,
+    statistics: GradStatistics | None = None,
 ) -> Tensor:
     """Scales all gradients in place so that their common norm is at most ``max_norm``.
 
@@ -104,6 +108,8 @@ def clip_grad_norm_(
         process_groups: the same for some of the parameters only: a mapping from each process group to those that its
             ranks hold different parts of, such as the experts of expert parallelism. Every rank of a group has to name
             it, with an empty list if need be, and several groups in the same order.
+        statistics: its ``values`` become what the same pass over memory knows of each gradient before clipping, see
+            ``GradStatistics``. Under torch.compile a call with statistics leaves the graph.
 
     Returns:
         The norm before clipping: a new 0-d tensor on the first gradient's device, in the promotion of the gradients'
@@ -112,19 +118,32 @@ def clip_grad_norm_(
 
     Raises:
         TypeError: an item is not a tensor, or its gradient is not of a floating-point dtype; the message has its index.
+            ``statistics`` is neither None nor a GradStatistics.
         ValueError: ``max_norm`` or ``norm_type`` is text that is not a number; a tensor in ``process_groups`` is not
             one of ``parameters``; with process groups, a norm type that is not fused.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or, as in torch, a gradient cannot be
             written in place because several of its elements share one place in memory.
     """
+    if not is_dynamo_compiling() and watching.watchers:
+        parameters = _parameters_of(parameters)
+        if recording := watching.begin(parameters, statistics=statistics):
+            return clip_recorded(
+                recording,
+                parameters,
+                max_norm,
+                norm_type,
+                error_if_nonfinite,
+                foreach,
+                process_group=process_group,
+                process_groups=process_groups,
+            )
+    if statistics is not None:
+        return _clip_with_statistics(
+            parameters, max_norm, norm_type, error_if_nonfinite, foreach, process_group, process_groups, statistics
+        )
     if is_dynamo_compiling() and process_group is None and not process_groups:
         return compiled.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-    given = parameters
-    parameters = _as_sequence(parameters, "parameters")
-    if not len(parameters) and isinstance(given, types.GeneratorType):
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=_level_of_caller()
-        )
+    parameters = _parameters_of(parameters)
     if process_group is not None or process_groups:
         return distributed.clip_grad_norm_(
             parameters, max_norm, norm_type, error_if_nonfinite, process_group, process_groups
@@ -145,6 +164,71 @@ def clip_grad_norm_(
     return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
+def clip_recorded(
+    recording: watching.Recording | None,
+    parameters: Tensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    **groups: object,
+) -> Tensor:
+    """``clip_grad_norm_`` whose statistics go into a recording, if there is one. Watchers were asked before."""
+    if recording is None and not watching.watchers:
+        return clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach, **groups)
+    statistics = recording.statistics if recording else None
+    norm = None
+    try:
+        with watching.unasked():
+            norm = clip_grad_norm_(
+                parameters, max_norm, norm_type, error_if_nonfinite, foreach, statistics=statistics, **groups
+            )
+    finally:
+        # Also after the error for a norm that is not finite: that step says most about it.
+        if recording and statistics.values is not None:
+            recording.finish(norm, max_norm, float(norm_type))
+    return norm
+
+
+@torch._disable_dynamo
+def _clip_with_statistics(
+    parameters, max_norm, norm_type, error_if_nonfinite, foreach, process_group, process_groups, statistics
+) -> Tensor:
+    check_statistics(statistics)
+    statistics.values = None
+    parameters = _parameters_of(parameters)
+    if process_group is not None or process_groups:
+        return distributed.clip_grad_norm_(
+            parameters, max_norm, norm_type, error_if_nonfinite, process_group, process_groups, statistics
+        )
+    reason = NOT_BUILT
+    if _C:
+        result = _C.clip_grad_norm_with_statistics(parameters, max_norm, norm_type, error_if_nonfinite, statistics)
+        if result is None:
+            statistics.values = statistics_by_torch([], norm_type)
+            return torch.tensor(0.0)
+        if type(result) is not str:
+            return result
+        if result == "subclass":
+            result = distributed.clip_grad_norm_(
+                parameters, max_norm, norm_type, error_if_nonfinite, statistics=statistics
+            )
+            if type(result) is not str:
+                return result
+        reason = result
+    count_fallback(reason)
+    grads = [p.grad for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
+    values = statistics_by_torch(grads, norm_type)
+    try:
+        norm = _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    except RuntimeError as error:
+        if "is non-finite" in str(error):
+            statistics.values = values
+        raise
+    statistics.values = values.to(norm.device)
+    return norm
+
+
 def clip_grads_with_norm_(
     parameters: Tensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
@@ -162,6 +246,9 @@ def clip_grads_with_norm_(
     if is_dynamo_compiling():
         return compiled.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     parameters = _as_sequence(parameters, "parameters")
+    if watching.watchers and (recording := watching.begin(parameters)):
+        recording.measure()
+        recording.finish(total_norm, max_norm)
     reason = NOT_BUILT
     if _C:
         reason = _C.clip_grads_with_norm_(parameters, max_norm, total_norm)
@@ -194,6 +281,9 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     if is_dynamo_compiling():
         return compiled.clip_grad_value_(parameters, clip_value, foreach)
     parameters = _as_sequence(parameters, "parameters")
+    if watching.watchers and (recording := watching.begin(parameters)):
+        recording.measure()
+        recording.finish(None, None)
     reason = NOT_BUILT
     if _C:
         reason = _C.clip_grad_value_(parameters, clip_value)
@@ -207,6 +297,15 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         return
     count_fallback(reason)
     _torch_functions.clip_grad_value_(parameters, clip_value, foreach)
+
+
+def _parameters_of(given: Tensors) -> Tensor | list | tuple:
+    parameters = _as_sequence(given, "parameters")
+    if not len(parameters) and isinstance(given, types.GeneratorType):
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=_level_of_caller()
+        )
+    return parameters
 
 
 def _level_of_caller() -> int:

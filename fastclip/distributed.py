@@ -23,6 +23,7 @@ from torch import Tensor
 from fastclip import _torch_functions
 from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
+from fastclip.statistics import COLUMNS, GradStatistics, by_torch
 
 
 @torch.no_grad()
@@ -41,7 +42,13 @@ def get_total_norm(
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters, max_norm, norm_type, error_if_nonfinite, process_group=None, process_groups: Mapping | None = None
+    parameters,
+    max_norm,
+    norm_type,
+    error_if_nonfinite,
+    process_group=None,
+    process_groups: Mapping | None = None,
+    statistics: GradStatistics | None = None,
 ) -> Tensor | str:
     grads = _Gradients(parameters, "parameters")
     given = _given_groups(grads, process_group, process_groups)
@@ -49,7 +56,7 @@ def clip_grad_norm_(
     if reason:
         return reason
     max_norm = _full(max_norm)
-    norm, unrounded = grads.total_norm(norm_type, error_if_nonfinite, given)
+    norm, unrounded = grads.total_norm(norm_type, error_if_nonfinite, given, statistics)
     grads.scale(max_norm, unrounded)
     grads.count_call()
     return norm
@@ -121,12 +128,27 @@ class _Gradients:
                     return repr(placement)
         return None
 
-    def total_norm(self, norm_type: float, error_if_nonfinite: bool, given: Mapping) -> tuple[Tensor, Tensor]:
+    def total_norm(
+        self,
+        norm_type: float,
+        error_if_nonfinite: bool,
+        given: Mapping,
+        statistics: GradStatistics | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The norm as users get it, and in float64 as the clip coefficient is computed from it."""
         p, device = float(norm_type), self._device()
         reduction = _Reduction(p)
         parts, groups = self._by_groups(given)
-        terms = {key: reduction.terms(self._local_norm(tensors, p, device)) for key, tensors in parts.items()}
+        if statistics is None:
+            norms = {key: self._local_norm(list(part.values()), p, device) for key, part in parts.items()}
+        else:
+            norms, rows = {}, torch.zeros(len(self.items), len(COLUMNS), dtype=torch.float64, device=device)
+            for key, part in parts.items():
+                norms[key], values = self._local_statistics(list(part.values()), p, device)
+                rows[list(part)] = values
+            rows = self._global_statistics(rows, groups, reduction)
+            statistics.values = rows[[index for index, grad in enumerate(self.grads) if grad is not None]]
+        terms = {key: reduction.terms(norm) for key, norm in norms.items()}
         unrounded = reduction.norm(_all_reduce(terms, groups, list(given), reduction, device))
         norm = unrounded.to(self._norm_dtype())
         if error_if_nonfinite:
@@ -169,8 +191,10 @@ class _Gradients:
             if grad is not local and local._version != version:
                 torch.autograd.graph.increment_version(grad)
 
-    def _by_groups(self, given: Mapping) -> tuple[dict[frozenset, list[Tensor]], list]:
+    def _by_groups(self, given: Mapping) -> tuple[dict[frozenset, dict[int, Tensor]], list]:
         """The local parts whose norms count, by the process groups over which each is spread; and all those groups.
+
+        A part comes with its item's index.
 
         The groups are in the order in which the parameters need them, which is the same on all ranks of a mesh.
         """
@@ -179,14 +203,17 @@ class _Gradients:
         all_groups = list(dict.fromkeys(group for groups in groups_of.values() for group in groups))
         # A sum over a named group has that over any group inside it: not twice.
         inside = {(group, named) for named in given for group in all_groups if _within(group, named)}
-        parts: dict[frozenset, list[Tensor]] = {}
-        for item, grad, local, layout in zip(self.items, self.grads, self.locals, layouts, strict=True):
+        self.groups_of_items = [groups_of.get(layout, []) for layout in layouts]
+        parts: dict[frozenset, dict[int, Tensor]] = {}
+        for index, (item, grad, local, layout) in enumerate(
+            zip(self.items, self.grads, self.locals, layouts, strict=True)
+        ):
             named = [group for group, members in given.items() if id(item) in members]
             others = [g for g in groups_of.get(layout, []) if not any((g, n) in inside for n in named)]
             key = frozenset(named + others)
-            part = parts.setdefault(key, [])
+            part = parts.setdefault(key, {})
             if grad is not None:
-                part.append(_local(_without_partial(grad)) if _is_partial(grad) else local)
+                part[index] = _local(_without_partial(grad)) if _is_partial(grad) else local
         return parts, all_groups
 
     def _local_norm(self, tensors: list[Tensor], p: float, device: torch.device) -> Tensor:
@@ -196,6 +223,39 @@ class _Gradients:
             self.fallback_reason = norm
             norm = _torch_functions.get_total_norm([tensor for tensor in tensors if tensor.numel()], p).double()
         return norm.to(device)
+
+    def _local_statistics(self, tensors: list[Tensor], p: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The norm, as _local_norm has it, and the rows of GradStatistics; from one pass."""
+        if not tensors:
+            return self._local_norm(tensors, p, device), by_torch(tensors, p).to(device)
+        both = _C.norm_and_statistics_of(tensors, p) if _C else self.fallback_reason
+        if type(both) is not str:
+            return both[0].to(device), both[1].to(device)
+        self.fallback_reason = both
+        return self._local_norm(tensors, p, device), by_torch(tensors, p).to(device)
+
+    def _global_statistics(self, rows: Tensor, groups: list, reduction: "_Reduction") -> Tensor:
+        """Rows of whole parameters from those of local parts, in two all-reduces for each process group of a mesh.
+
+        Groups that the caller names hold different parameters: there is nothing to combine.
+        """
+        for group in groups:
+            items = [index for index, of_item in enumerate(self.groups_of_items) if group in of_item]
+            if not items:
+                continue
+            part = rows[items]
+            terms = torch.stack([reduction.terms(norm) for norm in part[:, 0].unbind()])
+            is_max = reduction.op == dist.ReduceOp.MAX
+            sums = part[:, 2:] if is_max else torch.cat([part[:, 2:], terms], dim=1)
+            # NaN is counted; some backends' maximum (gloo) drops it.
+            maxima = part[:, 1:2].nan_to_num(nan=0, posinf=float("inf"))
+            _all_reduce_in_place(sums := sums.contiguous(), dist.ReduceOp.SUM, group)
+            _all_reduce_in_place(maxima := maxima.contiguous(), dist.ReduceOp.MAX, group)
+            counts = sums[:, :4]
+            largest = maxima[:, 0].masked_fill(counts[:, 2] > 0, float("nan"))
+            norms = largest if is_max else torch.stack([reduction.norm(term) for term in sums[:, 4:].unbind()])
+            rows[items] = torch.cat([norms[:, None], largest[:, None], counts], dim=1)
+        return rows
 
     def _device(self) -> torch.device:
         return next((local.device for local in self.locals if local is not None), torch.device("cpu"))
@@ -266,6 +326,14 @@ def _all_reduce(terms: dict, groups: list, given: list, reduction: _Reduction, d
             rest = key - {group}
             terms[rest] = reduction.combine(terms.get(rest, zero), term)
     return terms.get(frozenset(), zero)
+
+
+def _all_reduce_in_place(tensor: Tensor, op, group) -> None:
+    types = [device.type for device in group._device_types]
+    there = tensor if tensor.device.type in types else tensor.to(types[0])
+    dist.all_reduce(there, op, group=group)
+    if there is not tensor:
+        tensor.copy_(there)
 
 
 def _sharding_groups(layouts: list, given: Mapping) -> dict:

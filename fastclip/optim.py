@@ -1,17 +1,22 @@
 """The optimizer wrapper: clipping as a part of the step, folded into it where the optimizer can scale gradients."""
 
+import contextlib
 import inspect
 import numbers
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from fastclip import clip
+from fastclip import clip, watching
 from fastclip._native import _C
+from fastclip.counters import count_fallback
+from fastclip.statistics import COLUMNS, GradStatistics
+from fastclip.statistics import by_torch as statistics_by_torch
+from fastclip.statistics import check as check_statistics
 
 Threshold = float | Tensor | Callable[[int], float | Tensor]
 
@@ -48,6 +53,11 @@ class ClippedOptimizer(Optimizer):
         norm_type: order of the norm, see ``fastclip.clip_grad_norm_``.
         fold: "auto" folds where it is possible, False clips in place, True raises where it is not possible.
         clip_value: clips each element to ``[-clip_value, clip_value]`` instead, in place.
+        statistics: each step fills it with what it knows of each gradient before clipping, see ``GradStatistics``; may
+            be set at any time. Rows are those of all parameters of all groups, in order, whose ``.grad`` is not None.
+            Under a GradScaler norms and maxima are the true, unscaled ones; elements are counted as they lie in memory
+            (zero or subnormal while still scaled, where the step reads them so).
+        monitor: a ``fastclip.GradientMonitor`` that records each step; the same as ``monitor.attach(…)``.
 
     A parameter group may have a threshold of its own, ``param_groups[i]["max_norm"]`` (None: it is not clipped). It is
     then clipped by its own norm, in place, and no part of the common norm; groups without the key share that one.
@@ -65,6 +75,8 @@ class ClippedOptimizer(Optimizer):
         fold: bool | str = "auto",
         *,
         clip_value: float | None = None,
+        statistics: GradStatistics | None = None,
+        monitor: watching.Watcher | None = None,
     ):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -76,11 +88,26 @@ class ClippedOptimizer(Optimizer):
             raise ValueError("clip_value: expected None beside max_norm, got both")
         if clip_value is not None:
             _number(clip_value, "clip_value")
+        if monitor is not None and not callable(getattr(monitor, "attach", None)):
+            raise TypeError(f"monitor: expected a fastclip.GradientMonitor, got {type(monitor).__name__}")
         self.__setstate__(
             {"optimizer": optimizer, "norm_type": norm_type, "fold": fold, "clip_value": clip_value, "steps": 0}
         )
         self.max_norm = max_norm
+        self.statistics = statistics
         self._check_fold()
+        if monitor is not None:
+            monitor.attach(self)
+
+    @property
+    def statistics(self) -> GradStatistics | None:
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, value: GradStatistics | None) -> None:
+        if value is not None:
+            check_statistics(value)
+        self._statistics = value
 
     @property
     def max_norm(self) -> Threshold | None:
@@ -149,17 +176,46 @@ class ClippedOptimizer(Optimizer):
             self._clip()
             result = self.optimizer.step()
         else:
-            result = self.optimizer.step(lambda: self._evaluate(closure))
+            first = iter([True])
+            result = self.optimizer.step(lambda: self._evaluate(closure, next(first, False)))
         self.steps += 1
         return result
 
-    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+    def _evaluate(self, closure: Callable[[], Any], is_first: bool) -> Any:
         loss = closure()
-        self._clip()
+        self._clip(is_recorded=is_first)
         return loss
 
-    def _clip(self) -> None:
+    def _clip(self, is_recorded: bool = True) -> None:
+        if not self.monitors and not watching.watchers:
+            self._clip_unwatched()
+        else:
+            is_new = self._prepared is None and not self._is_recorded
+            with self._watched(is_recorded and is_new, self.__dict__.get("grad_scale")):
+                self._clip_unwatched()
+
+    @contextlib.contextmanager
+    def _watched(self, is_recorded: bool, grad_scale: Tensor | None) -> Iterator[None]:
+        """Records what is clipped in the block; what it calls asks no watcher again."""
+        parameters = self._all_parameters()
+        recording = watching.begin(parameters, self.monitors, self._statistics) if is_recorded else None
+        given = self._statistics
+        if recording:
+            self._statistics, self._last = recording.statistics, (None, None)
+        try:
+            with watching.unasked():
+                yield
+        finally:
+            self._statistics = given
+        if recording:
+            has_one_norm = not any("max_norm" in group for group in self.param_groups)
+            total_norm, max_norm = self._last if has_one_norm else (None, None)
+            recording.finish(total_norm, max_norm, self.norm_type, grad_scale)
+
+    def _clip_unwatched(self) -> None:
         if self.clip_value is not None:
+            if self._statistics is not None:
+                self._statistics.values = self._rows_of(self._all_parameters())
             clip.clip_grad_value_(self._parameters(), self.clip_value)
             return
         if torch._C._current_graph_task_id() != -1:
@@ -189,11 +245,16 @@ class ClippedOptimizer(Optimizer):
             if group.get("max_norm") is not None
         ]
         max_norm = None if self._max_norm is None else self._threshold(self._max_norm)
+        calls = None if self._statistics is None else _Calls(self._statistics)
         for parameters, threshold in own:
-            clip.clip_grad_norm_(parameters, threshold, self.norm_type)
+            clip.clip_grad_norm_(parameters, threshold, self.norm_type, statistics=calls and calls.next(parameters))
         if max_norm is not None:
-            norm = clip.clip_grad_norm_(self._parameters(), max_norm, self.norm_type)
+            parameters = self._parameters()
+            statistics = calls and calls.next(parameters)
+            norm = clip.clip_grad_norm_(parameters, max_norm, self.norm_type, statistics=statistics)
             self._last = _plain(norm), max_norm
+        if calls:
+            calls.gather(self._all_parameters(), self._rows_of)
 
     def _threshold(self, value: Threshold, argument: str = "max_norm") -> float | Tensor:
         return _number(value(self.steps) if callable(value) else value, argument)
@@ -232,7 +293,7 @@ class ClippedOptimizer(Optimizer):
         grad_scale = self.__dict__.get("grad_scale")
         reason = None
         if _C:
-            prepared = _C.prepare_step(parameters, max_norm, self.norm_type, grad_scale, False)
+            prepared = self._prepare(parameters, max_norm, grad_scale, False)
             if prepared is None:  # no gradients
                 prepared = torch.tensor(0.0), grad_scale, None
             if type(prepared) is not str:
@@ -241,6 +302,8 @@ class ClippedOptimizer(Optimizer):
             reason = prepared
         if self.fold is True and reason == "sparse":
             raise ValueError("fold: expected with True dense gradients, got a sparse one")
+        if self._statistics is not None:
+            self._statistics.values = _unscaled(self._rows_of(parameters), grad_scale)
         with torch.no_grad():
             norm = clip.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
             norm = _plain(norm)
@@ -255,20 +318,60 @@ class ClippedOptimizer(Optimizer):
         """
         if not _C or self._max_norm is None or any("max_norm" in group for group in self.param_groups):
             return None
+        if not self.monitors and not watching.watchers:
+            return self._prepare_unwatched(grad_scale)
+        with self._watched(True, grad_scale):
+            found_inf = self._prepare_unwatched(grad_scale)
+            if found_inf is None and self._statistics is not None:
+                self._last = None, self._threshold(self._max_norm)
+                self._statistics.values = _unscaled(self._rows_of(self._parameters()), grad_scale)
+        self._is_recorded = True
+        return found_inf
+
+    def _prepare_unwatched(self, grad_scale: Tensor) -> Tensor | None:
         max_norm = self._threshold(self._max_norm)
         folds = self._folds
-        prepared = _C.prepare_step(self._parameters(), max_norm, self.norm_type, grad_scale, not folds)
+        prepared = self._prepare(self._parameters(), max_norm, grad_scale, not folds)
         if prepared is None or type(prepared) is str:
             return None
         self._last = prepared[0], max_norm
         self._prepared = (prepared[1] if folds else None,)
         return prepared[2]
 
+    def _prepare(self, parameters: list[Tensor], max_norm, grad_scale: Tensor | None, in_place: bool) -> Any:
+        statistics = self._statistics
+        if statistics is None:
+            return _C.prepare_step(parameters, max_norm, self.norm_type, grad_scale, in_place)
+        statistics.values = None
+        prepared = _C.prepare_step_with_statistics(
+            parameters, max_norm, self.norm_type, grad_scale, in_place, statistics
+        )
+        if prepared is None:
+            statistics.values = statistics_by_torch([], self.norm_type)
+        elif type(prepared) is not str:
+            _unscaled(statistics.values, grad_scale)
+        return prepared
+
+    def _rows_of(self, parameters: list[Tensor]) -> Tensor:
+        """Statistics in a pass of their own, for gradients that no native pass reads the norm of."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        result = "norm_type"
+        if _C and float(self.norm_type) in (1, 2, float("inf")):
+            result = _C.norm_and_statistics_of(grads, float(self.norm_type)) if grads else None
+        if result is not None and type(result) is not str:
+            return result[1]
+        if result is not None:
+            count_fallback(result)
+        return statistics_by_torch(grads, self.norm_type)
+
     # ---- everything else is the optimizer's ----
 
     def _parameters(self) -> list[Tensor]:
         """Those that have no threshold of their own."""
         return [p for group in self.param_groups if "max_norm" not in group for p in group["params"]]
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     state = _of_the_optimizer("state")
     param_groups = _of_the_optimizer("param_groups")
@@ -322,10 +425,48 @@ class ClippedOptimizer(Optimizer):
             return self.optimizer.__setstate__(state)
         self.__dict__.update(state)
         self._last = None, None
+        self._statistics = None  # the user's object: copies and unpickled optimizers fill none
+        self.monitors: list[watching.Watcher] = []
+        self._is_recorded = False  # the coming step, since fastclip.GradScaler has looked at it
         self._prepared = None  # by fastclip.GradScaler: (what the optimizer has to divide by,)
         self._honours_grad_scale = _honours_grad_scale(self.optimizer)
         for name in _HOOKS:
             self.__dict__.setdefault(name, OrderedDict())
+
+
+class _Calls:
+    """Statistics of the several calls that clip one step's groups, put together in the order of the parameters."""
+
+    def __init__(self, statistics: GradStatistics):
+        self._statistics = statistics
+        statistics.values = None
+        self._calls: list[tuple[list[Tensor], GradStatistics]] = []
+
+    def next(self, parameters: list[Tensor]) -> GradStatistics:
+        self._calls.append((parameters, GradStatistics()))
+        return self._calls[-1][1]
+
+    def gather(self, parameters: list[Tensor], rows_of: Callable[[list[Tensor]], Tensor]) -> None:
+        """``rows_of`` reads the parameters that no call has clipped."""
+        if len(self._calls) == 1 and len(self._calls[0][0]) == len(parameters):
+            self._statistics.values = self._calls[0][1].values
+            return
+        clipped = {id(p) for members, _ in self._calls for p in members}
+        rest = [p for p in parameters if id(p) not in clipped]
+        blocks = [(members, statistics.values) for members, statistics in self._calls] + [(rest, rows_of(rest))]
+        row_of, device = {}, next((p.grad.device for p in parameters if p.grad is not None), torch.device("cpu"))
+        for members, _ in blocks:
+            for p in members:
+                if p.grad is not None:
+                    row_of[id(p)] = len(row_of)
+        order = [row_of[id(p)] for p in parameters if p.grad is not None]
+        self._statistics.values = torch.cat([values.to(device) for _, values in blocks])[order]
+
+
+def _unscaled(values: Tensor, grad_scale: Tensor | None) -> Tensor:
+    if grad_scale is not None:
+        values[:, : COLUMNS.index("zeros")] /= grad_scale.to(values.device)
+    return values
 
 
 _step_outside_of_graphs = torch._disable_dynamo(ClippedOptimizer._step)

@@ -16,26 +16,35 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import utils as torch_utils
 from torch.nn.utils import clip_grad as torch_module
 
-from fastclip import clip
+from fastclip import clip, watching
 from fastclip._torch_functions import NAMES, cell_of
 
 _lock = threading.Lock()
 _switched_on = False  # by patch(), until unpatch()
 _contexts = 0  # how many `with patched():` are open, in all threads
 _originals: dict[str, Callable] = {}  # what to put back; empty when nothing is patched
+_monitors: list[watching.Watcher] = []  # of patch()
 _seconds = 0.0
 
 
-def patch() -> dict[str, str]:
+def patch(*, monitor: watching.Watcher | None = None) -> dict[str, str]:
     """Puts fastclip under torch's four clipping functions until ``unpatch()``; more calls change nothing.
+
+    Args:
+        monitor: a ``fastclip.GradientMonitor`` that records, until then or its ``close()``, whatever clips its model's
+            gradients: torch's functions, fastclip's, and ClippedOptimizer.
 
     Returns a dict from each public name (``"clip_grad_norm_"``, ...) to how far the patch reaches: ``"everybody"``,
     ``"attribute"`` (not those who imported the function by name before) or ``"missing"`` (this torch has no such
     function).
     """
     global _switched_on
+    _check_monitor(monitor)
     with _lock:
         _switched_on = True
+        if monitor is not None and monitor not in _monitors:
+            _monitors.append(monitor)
+            watching.watchers.append(monitor)
         _update()
     return {name: _reach(name) for name in NAMES}
 
@@ -45,21 +54,32 @@ def unpatch() -> None:
     global _switched_on
     with _lock:
         _switched_on = False
+        while _monitors:
+            _remove(_monitors.pop())
         _update()
 
 
 @contextlib.contextmanager
-def patched() -> Iterator[None]:
-    """Patches inside a ``with`` block, in all threads. Nests; afterwards everything is as it was before."""
+def patched(*, monitor: watching.Watcher | None = None) -> Iterator[None]:
+    """Patches inside a ``with`` block, in all threads. Nests; afterwards everything is as it was before.
+
+    Args:
+        monitor: a ``fastclip.GradientMonitor`` that records, inside the block, whatever clips its model's gradients.
+    """
     global _contexts
+    _check_monitor(monitor)
     with _lock:
         _contexts += 1
+        if monitor is not None:
+            watching.watchers.append(monitor)
         _update()
     try:
         yield
     finally:
         with _lock:
             _contexts -= 1
+            if monitor is not None:
+                _remove(monitor)
             _update()
 
 
@@ -71,6 +91,16 @@ def is_patched() -> bool:
 def seconds_spent() -> float:
     """Seconds of wall-clock time in patched functions since fastclip was imported, over all threads."""
     return _seconds
+
+
+def _check_monitor(monitor: watching.Watcher | None) -> None:
+    if monitor is not None and not hasattr(monitor, "recorder_of"):
+        raise TypeError(f"monitor: expected a fastclip.GradientMonitor, got {type(monitor).__name__}")
+
+
+def _remove(monitor: watching.Watcher) -> None:
+    if monitor in watching.watchers:  # it was closed
+        watching.watchers.remove(monitor)
 
 
 def _reach(name: str) -> str:

@@ -726,3 +726,58 @@ fastclip.clip_grad_norm_([parameter], 1.0)
 print([name for name in sys.modules if name.startswith("torch.distributed.tensor")])
 """
     assert run_python(code).stdout == "[]\n"
+
+
+def statistics_of_shards(norm_type):
+    from torch.distributed.tensor import Replicate, Shard
+
+    torch.manual_seed(0)
+    wholes = [torch.randn(8, 6), torch.randn(4, 2), torch.randn(1, 3), torch.randn(5)]
+    wholes[0][3, 1], wholes[0][7, 0], wholes[0][0, 0] = 0.0, -0.0, 1e-40
+    wholes[1][3, 0] = INF
+    wholes[2][0, 1] = NAN  # on the first rank only: the others have no element of it
+    expected = fastclip.statistics.by_torch(wholes, norm_type)
+    placements = [Shard(0), Shard(1), Shard(0), Replicate()]
+    grads = [shard(whole, placement) for whole, placement in zip(wholes, placements, strict=True)]
+    statistics = fastclip.GradStatistics()
+    with all_reduces() as plain:
+        fastclip.clip_grad_norm_(make_parameters([grad.clone() for grad in grads]), 1.0, norm_type)
+    with all_reduces() as full:
+        fastclip.clip_grad_norm_(make_parameters(grads), 1.0, norm_type, statistics=statistics)
+    torch.testing.assert_close(statistics.values, expected, rtol=1e-6, atol=0, equal_nan=True)
+    assert len(full) == len(plain) + 2
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_statistics(ranks, norm_type):
+    ranks.run(statistics_of_shards, norm_type)
+
+
+def check_a_monitor(path):
+    """Every rank records the values of the whole gradients; the first one writes."""
+    Shard, _, _ = placements()
+    rank = dist.get_rank()
+    model = torch.nn.Linear(3, 5)
+    wholes = [torch.randn(5, 3), torch.tensor([0.0, 3.0, INF, NAN, -1.0])]
+    layouts = Shard(0), Shard(0)
+    for name, whole, layout in zip(("weight", "bias"), wholes, layouts, strict=True):
+        parameter = torch.nn.Parameter(shard(torch.full_like(whole, 2.0), layout))
+        parameter.grad = shard(whole, layout)
+        setattr(model, name, parameter)
+    monitor = fastclip.GradientMonitor(model, path=path)
+    monitor.clip_grad_norm_(1.0)
+    history = monitor.history()
+    assert [(layer.name, layer.shape) for layer in history.layers] == [("weight", (5, 3)), ("bias", (5,))]
+    weight, bias = history.values[0].tolist()
+    assert weight[0] == pytest.approx(wholes[0].norm().item(), rel=1e-6)
+    assert weight[1] == wholes[0].abs().max().item() and weight[2:5] == [0, 0, 0]
+    assert bias[2:5] == [1, 1, 1]
+    norms = [2 * 15**0.5, 2 * 5**0.5]
+    assert history.weight_norms[0].tolist() == pytest.approx(norms, rel=1e-6)
+    assert (monitor._file is not None) == (rank == 0)
+    monitor.close()
+
+
+def test_a_monitor(ranks, tmp_path):
+    ranks.run(check_a_monitor, str(tmp_path / "run.jsonl"))
+    assert len(fastclip.GradientMonitor.load(tmp_path / "run.jsonl").history().steps) == 1

@@ -22,6 +22,10 @@ STAMP = ROOT / "build" / "stamp.json"
 OPTIONAL = {
     "ninja": "the build runs one file at a time",
     "hypothesis": "the property tests are skipped",
+    "rich": "the tests of tables are skipped",
+    "matplotlib": "the tests of plots are skipped",
+    "jinja2": "the tests of pages are skipped",
+    "tensorboard": "the test of TensorBoard events is skipped",
     "numpy": "the tests that use numpy scalars are skipped",
     "pytest_benchmark": "`pytest benchmarks` does not run",
 }

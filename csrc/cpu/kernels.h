@@ -10,6 +10,8 @@ struct Kernels {
   const char* name;
   // L1: sum of |x|. L2: sum of x^2. Inf: max of |x|, NaN if there is one.
   long double (*reduce)(const Slice* slices, Cut begin, Cut end, NormType type);
+  // L1 and L2 as reduce(), bit by bit; for each slice of the part, from the first on, one of `parts`.
+  void (*examine)(const Slice* slices, Cut begin, Cut end, NormType type, PartStatistics* parts);
   // x *= coef, last slice first: what was read last is still in the cache.
   void (*scale)(const Slice* slices, Cut begin, Cut end, double coef);
   // x = min(max(x, -clip_value), clip_value), NaN stays. Sets `written` of slices that changed. clip_value >= 0.

@@ -8,7 +8,7 @@
 #endif
 #include "kernels_impl.h"
 
-const fastclip::cpu::Kernels fastclip::cpu::kAvx2{"avx2", reduce, scale, clamp};
+const fastclip::cpu::Kernels fastclip::cpu::kAvx2{"avx2", reduce, examine, scale, clamp};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

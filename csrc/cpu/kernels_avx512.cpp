@@ -12,7 +12,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "kernels_impl.h"
 
-const fastclip::cpu::Kernels fastclip::cpu::kAvx512{"avx512", reduce, scale, clamp};
+const fastclip::cpu::Kernels fastclip::cpu::kAvx512{"avx512", reduce, examine, scale, clamp};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

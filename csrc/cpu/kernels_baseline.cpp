@@ -2,4 +2,4 @@
 #define FASTCLIP_VECTOR_BYTES 16
 #include "kernels_impl.h"
 
-const fastclip::cpu::Kernels fastclip::cpu::kBaseline{"baseline", reduce, scale, clamp};
+const fastclip::cpu::Kernels fastclip::cpu::kBaseline{"baseline", reduce, examine, scale, clamp};

@@ -12,6 +12,7 @@ namespace {
 using fastclip::Cut;
 using fastclip::DType;
 using fastclip::NormType;
+using fastclip::PartStatistics;
 using fastclip::Slice;
 
 // The last bytes of a slice, padded with zeros to a whole register: the same loops serve them.
@@ -94,17 +95,25 @@ constexpr int64_t kStreamBytes = 65536;
 template <class T>
 constexpr int64_t kHalfRound = kAccumulators / T::kParts / 2 * kVecBytes;
 
+// Looks at the registers that a sum reads. This one, of plain sums, does nothing.
+struct NoWatch {
+  void take(const char*) {}
+  void end_block(const char*, int64_t, int64_t = 0) {}
+};
+
 // `rounds` rounds, of which the second half lies `gap` bytes behind the first and both move on by `advance` bytes; then
 // `rest` registers in a row.
-template <class T, class Op>
-inline double block_sum(const char* p, int64_t gap, int64_t advance, int64_t rounds, int64_t rest) {
+template <class T, class Op, class Watch>
+inline double block_sum(const char* p, int64_t gap, int64_t advance, int64_t rounds, int64_t rest, Watch& watch) {
   constexpr int kLoads = kAccumulators / T::kParts;
   typename T::Vec acc[kAccumulators] = {};
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 8
     for (int k = 0; k < kLoads; ++k) {
       typename T::Vec part[T::kParts];
-      T::load(p + (k < kLoads / 2 ? k * kVecBytes : gap + (k - kLoads / 2) * kVecBytes), part);
+      const char* at = p + (k < kLoads / 2 ? k * kVecBytes : gap + (k - kLoads / 2) * kVecBytes);
+      T::load(at, part);
+      watch.take(at);
 #pragma GCC unroll 2
       for (int q = 0; q < T::kParts; ++q) acc[k * T::kParts + q] = Op::add(acc[k * T::kParts + q], part[q]);
     }
@@ -113,6 +122,7 @@ inline double block_sum(const char* p, int64_t gap, int64_t advance, int64_t rou
   for (int64_t i = 0; i < rest; ++i) {
     typename T::Vec part[T::kParts];
     T::load(p + i * kVecBytes, part);
+    watch.take(p + i * kVecBytes);
 #pragma GCC unroll 2
     for (int q = 0; q < T::kParts; ++q) acc[q] = Op::add(acc[q], part[q]);
   }
@@ -151,36 +161,52 @@ inline bool is_sound(double sum) {
 }
 
 // Up to kBlockVecs<T> registers in a row.
-template <class T, class Op>
-inline long double sum_block(const char* p, int64_t vecs) {
+template <class T, class Op, class Watch>
+inline long double sum_block(const char* p, int64_t vecs, Watch& watch) {
   constexpr int kLoads = kAccumulators / T::kParts;
-  const double sum = block_sum<T, Op>(p, kHalfRound<T>, 2 * kHalfRound<T>, vecs / kLoads, vecs % kLoads);
+  const double sum = block_sum<T, Op>(p, kHalfRound<T>, 2 * kHalfRound<T>, vecs / kLoads, vecs % kLoads, watch);
+  watch.end_block(p, vecs);
   return is_sound<T>(sum) ? sum : rescued_sum<T, Op>(p, vecs);
 }
 
 // A block of which one half lies kStreamBytes behind the other.
-template <class T, class Op>
-inline long double sum_split_block(const char* p) {
-  const double sum = block_sum<T, Op>(p, kStreamBytes, kHalfRound<T>, kRounds, 0);
+template <class T, class Op, class Watch>
+inline long double sum_split_block(const char* p, Watch& watch) {
+  const double sum = block_sum<T, Op>(p, kStreamBytes, kHalfRound<T>, kRounds, 0, watch);
+  watch.end_block(p, kBlockVecs<T> / 2, kStreamBytes);
   if (is_sound<T>(sum)) return sum;
   return rescued_sum<T, Op>(p, kBlockVecs<T> / 2) + rescued_sum<T, Op>(p + kStreamBytes, kBlockVecs<T> / 2);
 }
 
-template <class T, class Op>
-long double sum_slice(const char* p, int64_t bytes) {
+template <class T, class Op, class Watch>
+long double sum_slice(const char* p, int64_t bytes, Watch watch) {
   constexpr int64_t kBlockBytes = kBlockVecs<T> * kVecBytes;
   long double total = 0;
   for (; bytes >= 2 * kStreamBytes; p += 2 * kStreamBytes, bytes -= 2 * kStreamBytes) {
-    for (int64_t i = 0; i < kStreamBytes; i += kBlockBytes / 2) total += sum_split_block<T, Op>(p + i);
+    for (int64_t i = 0; i < kStreamBytes; i += kBlockBytes / 2) total += sum_split_block<T, Op>(p + i, watch);
   }
-  for (; bytes >= kBlockBytes; p += kBlockBytes, bytes -= kBlockBytes) total += sum_block<T, Op>(p, kBlockVecs<T>);
+  for (; bytes >= kBlockBytes; p += kBlockBytes, bytes -= kBlockBytes) {
+    total += sum_block<T, Op>(p, kBlockVecs<T>, watch);
+  }
   const int64_t vecs = bytes / kVecBytes, rest = bytes % kVecBytes;
-  if (vecs > 0) total += sum_block<T, Op>(p, vecs);
-  if (rest > 0) total += sum_block<T, Op>(Tail(p + vecs * kVecBytes, rest).padded, 1);
+  if (vecs > 0) total += sum_block<T, Op>(p, vecs, watch);
+  if (rest > 0) total += sum_block<T, Op>(Tail(p + vecs * kVecBytes, rest).padded, 1, watch);
   return total;
 }
 
 // ---- inf: maxima, exact, on the bit patterns: as integers NaN is above inf and inf above every number -------------
+
+// The largest lane, as a number.
+template <class T>
+inline long double largest_value(typename T::Bits bits) {
+  typename T::Bits largest = {};
+  for (int lane = 0; lane < static_cast<int>(kVecBytes / sizeof(typename T::BitsScalar)); ++lane) {
+    if (bits[lane] > largest[0]) largest[0] = bits[lane];
+  }
+  typename T::Vec part[T::kParts];
+  T::load(reinterpret_cast<const char*>(&largest), part);
+  return part[0][0];
+}
 
 template <class T>
 long double max_slice(const char* p, int64_t bytes) {
@@ -200,15 +226,77 @@ long double max_slice(const char* p, int64_t bytes) {
   for (int64_t i = whole; i < vecs; ++i) take(0, load_vec<Bits>(p + i * kVecBytes));
   if (rest > 0) take(0, load_vec<Bits>(Tail(p + vecs * kVecBytes, rest).padded));
 
-  Bits largest = {};
-  for (int k = 0; k < kUnroll; ++k) {
-    for (int lane = 0; lane < static_cast<int>(kVecBytes / sizeof(typename T::BitsScalar)); ++lane) {
-      if (acc[k][lane] > largest[0]) largest[0] = acc[k][lane];
+  for (int k = 1; k < kUnroll; ++k) acc[0] = acc[k] > acc[0] ? acc[k] : acc[0];
+  return largest_value<T>(acc[0]);
+}
+
+// ---- statistics of each gradient, from the pass that sums --------------------------------------------------------
+
+// Keeps the least and the largest bit pattern of a block: three cheap instructions a register. Only where these say
+// that there is a zero, a subnormal number, inf or NaN is the block counted, from the first-level cache.
+template <class T>
+class Examiner {
+  using Bits = typename T::Bits;
+  using BitsScalar = typename T::BitsScalar;
+  static constexpr BitsScalar kSmallestNormal = T::kInf & -T::kInf;  // the exponent's last bit
+
+ public:
+  explicit Examiner(PartStatistics& part) : part_(part) {}
+
+  void take(const char* p) {
+    const Bits bits = load_vec<Bits>(p) & T::kAbs;
+    least_ = bits < least_ ? bits : least_;
+    largest_ = bits > largest_ ? bits : largest_;
+  }
+
+  // The registers taken were `vecs` at p, and, with a gap, as many that far behind.
+  void end_block(const char* p, int64_t vecs, int64_t gap = 0) {
+    const Bits special = (least_ < kSmallestNormal) | (largest_ >= T::kInf);
+    if (__builtin_expect(!all_zero(reinterpret_cast<const char*>(&special), 1), 0)) {
+      count(p, vecs, part_);
+      if (gap > 0) count(p + gap, vecs, part_);
+    }
+    if (__builtin_expect(!all_zero(reinterpret_cast<const char*>(&largest_), 1), 1)) {
+      const Bits more = largest_ > all_;
+      all_ = (largest_ & more) | (all_ & ~more);
+    }
+    least_ = Bits{} + T::kAbs;
+    largest_ = Bits{};
+  }
+
+  Bits all() const { return all_; }
+
+ private:
+  // Blocks have fewer registers than a lane of 16 bits can count.
+  static __attribute__((noinline)) void count(const char* p, int64_t vecs, PartStatistics& part) {
+    Bits zeros = {}, small = {}, special = {}, nans = {};
+    for (int64_t i = 0; i < vecs; ++i) {
+      const Bits bits = load_vec<Bits>(p + i * kVecBytes) & T::kAbs;
+      zeros -= bits == 0;
+      small -= bits < kSmallestNormal;
+      special -= bits >= T::kInf;
+      nans -= bits > T::kInf;
+    }
+    for (int lane = 0; lane < static_cast<int>(kVecBytes / sizeof(BitsScalar)); ++lane) {
+      part.zeros += zeros[lane];
+      part.subnormals += small[lane] - zeros[lane];
+      part.infs += special[lane] - nans[lane];
+      part.nans += nans[lane];
     }
   }
-  typename T::Vec part[T::kParts];
-  T::load(reinterpret_cast<const char*>(&largest), part);
-  return part[0][0];
+
+  PartStatistics& part_;
+  Bits least_ = Bits{} + T::kAbs, largest_ = {}, all_ = {};
+};
+
+template <class T, class Op>
+void examine_slice(const char* p, int64_t bytes, PartStatistics& part) {
+  part = {};
+  Examiner<T> examiner(part);
+  part.sum = sum_slice<T, Op, Examiner<T>&>(p, bytes, examiner);
+  part.abs_max = largest_value<T>(examiner.all());
+  const int64_t rest = bytes % kVecBytes;  // the last register is padded with zeros
+  if (rest > 0) part.zeros -= (kVecBytes - rest) / static_cast<int64_t>(sizeof(typename T::BitsScalar));
 }
 
 // ---- in place ------------------------------------------------------------------------------------------------------
@@ -344,7 +432,7 @@ long double sum_share(const Slice* slices, Cut begin, Cut end) {
   for (int64_t s = begin.slice; s < end_slice(end); ++s) {
     const Part part = part_of(slices[s], s, begin, end);
     const char* p = slices[s].data + part.offset;
-    with_dtype(slices[s].dtype, [&](auto t) { total += sum_slice<decltype(t), Op>(p, part.bytes); });
+    with_dtype(slices[s].dtype, [&](auto t) { total += sum_slice<decltype(t), Op>(p, part.bytes, NoWatch()); });
   }
   return total;
 }
@@ -372,6 +460,20 @@ long double reduce(const Slice* slices, Cut begin, Cut end, NormType type) {
       break;
   }
   return max_share(slices, begin, end);
+}
+
+template <class Op>
+void examine_share(const Slice* slices, Cut begin, Cut end, PartStatistics* parts) {
+  for (int64_t s = begin.slice; s < end_slice(end); ++s) {
+    const Part part = part_of(slices[s], s, begin, end);
+    const char* p = slices[s].data + part.offset;
+    with_dtype(slices[s].dtype, [&](auto t) { examine_slice<decltype(t), Op>(p, part.bytes, parts[s - begin.slice]); });
+  }
+}
+
+void examine(const Slice* slices, Cut begin, Cut end, NormType type, PartStatistics* parts) {
+  type == NormType::L2 ? examine_share<Square>(slices, begin, end, parts)
+                       : examine_share<Abs>(slices, begin, end, parts);
 }
 
 void scale(const Slice* slices, Cut begin, Cut end, double coef) {

@@ -45,3 +45,6 @@ class History:
     weight_norms: Tensor  # float64 [steps, layers]: L2 norm of the parameter itself, NaN where it was not looked at
     norm_type: float = 2.0
     activations: list[Activation] = field(default_factory=list)
+    # float64 [steps]: the factor of a GradScaler that was taken out of the values, NaN where none is known. Gradients
+    # that are not finite may be its doing there, and such a step is skipped.
+    grad_scale: Tensor | None = None

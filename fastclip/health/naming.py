@@ -1,0 +1,123 @@
+"""Names for parameters: those of ``named_parameters()``, whatever wraps the model or parts of it."""
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from fastclip.health.history import Layer
+
+# Wrappers that hold the model as `.module`, by class name so that nothing has to be imported.
+_OUTER_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+# What torch.compile, FSDP1 and activation checkpointing put into the names of what they wrap.
+_PARTS_OF_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel, torch.compile and the like."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._orig_mod
+        elif "module" in model._modules and not _OUTER_WRAPPERS.isdisjoint(c.__name__ for c in type(model).__mro__):
+            model = model.module
+        else:
+            return model
+
+
+def cleaned(name: str) -> str:
+    """A name as it would be without wrappers inside of the model."""
+    return ".".join(part for part in name.split(".") if part not in _PARTS_OF_WRAPPERS)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in unwrapped(model).named_modules():
+        yield cleaned(name), module
+
+
+_FOREIGN, _FROZEN = -1, -2  # in the place of a number: not the model's; has had no gradient and needs none
+
+
+class Layers:
+    """The parameters of a model by number: known ones keep theirs, new ones are added at the end.
+
+    Frozen parameters are none of them until they have a gradient. A parameter that is put in the place of another one
+    takes over its name and number. Shared parameters have the first of their names.
+    """
+
+    def __init__(self, model: nn.Module | None, known: Sequence[Layer] = ()):
+        self._model = model
+        self.layers = list(known)
+        self._numbers = {layer.name: number for number, layer in enumerate(self.layers)}
+        # Ids come again when parameters die, hence the reference beside the number.
+        self._by_id: dict[int, tuple[weakref.ref, int]] = {}
+        if not known:  # a copy of a model is not whole when the copy of its monitor is made
+            self.refresh()
+
+    def number(self, layer: Layer) -> int:
+        """The number of a layer that may be new."""
+        if layer.name not in self._numbers:
+            self._numbers[layer.name] = len(self.layers)
+            self.layers.append(layer)
+        return self._numbers[layer.name]
+
+    def refresh(self) -> None:
+        """Looks at the model again."""
+        if self._model is None:
+            return
+        self._by_id = {}
+        for depth, (prefix, module) in enumerate(named_modules(self._model)):
+            for short, parameter in module._parameters.items():
+                if parameter is None or id(parameter) in self._by_id:
+                    continue
+                has_none = not parameter.requires_grad and parameter.grad is None
+                if has_none or isinstance(parameter, UninitializedTensorMixin):
+                    self._by_id[id(parameter)] = weakref.ref(parameter), _FROZEN
+                    continue
+                name = f"{prefix}.{short}" if prefix else short
+                layer = Layer(name, tuple(parameter.shape), _dtype(parameter), type(module).__name__, depth)
+                self._by_id[id(parameter)] = weakref.ref(parameter), self.number(layer)
+
+    def numbers_of(self, parameters: Sequence[Tensor]) -> tuple[int, ...]:
+        """The number of each parameter that has a gradient, -1 for those that are not the model's."""
+        numbers = tuple(map(self._number_of, parameters))
+        if _FROZEN in numbers or None in numbers:
+            self._look_again(parameters)
+            numbers = tuple(map(self._number_of, parameters))
+        return numbers
+
+    def has_one_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether one of the tensors is a parameter of the model, whatever its gradient."""
+        parameters = [parameter for parameter in parameters if isinstance(parameter, Tensor)]
+        if any(self._number_of(parameter) is None for parameter in parameters):
+            self._look_again(parameters)
+        return any(self._number_of(parameter) != _FOREIGN for parameter in parameters)
+
+    def items(self) -> list[tuple[int, Tensor]]:
+        """(number, parameter) of all that are alive."""
+        alive = ((entry[1], entry[0]()) for entry in self._by_id.values() if entry[1] >= 0)
+        return [(number, parameter) for number, parameter in alive if parameter is not None]
+
+    def order_by(self, first_runs: dict[str, int]) -> None:
+        """Sets depths from the order in which modules ran; those that did not run come after them."""
+        for layer in self.layers:
+            layer.depth = first_runs.get(layer.name.rpartition(".")[0], len(first_runs) + max(layer.depth, 0))
+
+    def _number_of(self, parameter: Tensor) -> int | None:
+        """None: not seen yet."""
+        entry = self._by_id.get(id(parameter))
+        return entry[1] if entry is not None and entry[0]() is parameter else None
+
+    def _look_again(self, parameters: Sequence[Tensor]) -> None:
+        foreign = {key: entry for key, entry in self._by_id.items() if entry[1] == _FOREIGN and entry[0]() is not None}
+        self.refresh()
+        for key, entry in foreign.items():
+            self._by_id.setdefault(key, entry)
+        for parameter in parameters:
+            if self._number_of(parameter) is None:
+                self._by_id[id(parameter)] = weakref.ref(parameter), _FOREIGN
+
+
+def _dtype(parameter: Tensor) -> str:
+    like = parameter if parameter.grad is None else parameter.grad
+    return str(like.dtype).removeprefix("torch.")

@@ -221,10 +221,6 @@ py::object with_statistics(Gradients& grads, double p, py::handle statistics, Wo
   const auto hand_out = [&] {
     if (values.defined()) statistics.attr("values") = to_python(values);
   };
-  if (!grads.none() && grads.fallback_reason().empty()) {
-    const std::string reason = why_not_examined(grads);
-    if (!reason.empty()) return py::str(reason);
-  }
   try {
     py::object result = with_norm_type(grads, p, [&](NormType type) { return work(type, &values); });
     hand_out();
@@ -339,11 +335,11 @@ py::object norm_and_statistics_of(py::handle grads_list, double p) {
   collect(grads, grads_list.ptr(), Items::Tensors);
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
   if (grads.none()) return py::str("no gradients");
-  const std::string reason = why_not_examined(grads);
-  if (!reason.empty()) return py::str(reason);
+  grads.keep_norm_unrounded();
   at::Tensor values;
-  const double norm = run(grads, [&] { return examine(grads, *fused_norm_type(p), values); });
-  return py::make_tuple(to_python(number_tensor(norm, at::kDouble)), to_python(values));
+  const at::Tensor norm =
+      run(grads, [&] { return fastclip::get_total_norm(grads, *fused_norm_type(p), false, &values); });
+  return py::make_tuple(to_python(norm), to_python(values));
   END_HANDLE_TH_ERRORS_PYBIND
 }
 

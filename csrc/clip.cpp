@@ -199,18 +199,11 @@ double total_norm(const Group& group, NormType type, StatisticsRow* rows) {
   return total;
 }
 
-double examine(const Gradients& grads, NormType type, at::Tensor& statistics) {
+at::Tensor empty_statistics(int64_t gradients) {
   static_assert(sizeof(StatisticsRow) == 6 * sizeof(double));
-  at::Tensor values = at::detail::empty_cpu({grads.count(), 6}, at::kDouble);
-  auto* rows = static_cast<StatisticsRow*>(values.mutable_data_ptr());
-  std::fill_n(rows, grads.count(), StatisticsRow{});
-  const double norm = total_norm(grads.groups().front(), type, rows);
-  statistics = std::move(values);
-  return norm;
-}
-
-std::string why_not_examined(const Gradients& grads) {
-  return grads.only_on_cpu() ? "" : "statistics on a device";
+  at::Tensor values = at::detail::empty_cpu({gradients, 6}, at::kDouble);
+  std::fill_n(static_cast<StatisticsRow*>(values.mutable_data_ptr()), gradients, StatisticsRow{});
+  return values;
 }
 
 void scale(Group& group, double coef) {
@@ -295,13 +288,23 @@ std::string why_not_fused(const Gradients& grads, double p) {
   return *type == NormType::Inf && grads.has_empty() ? "inf norm of an empty gradient" : "";
 }
 
+// The norm of gradients that are all on the CPU, and their statistics where there is a place for them.
+static double norm_and_statistics(Gradients& grads, NormType type, at::Tensor* statistics) {
+  const Group& group = grads.groups().front();
+  if (!statistics) return total_norm(group, type);
+  at::Tensor values = empty_statistics(grads.count());
+  const double norm = total_norm(group, type, static_cast<StatisticsRow*>(values.mutable_data_ptr()));
+  *statistics = std::move(values);
+  return norm;
+}
+
 // The only place where a backend is chosen. What is all on the CPU is done here.
 
-at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite) {
+at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite, at::Tensor* statistics) {
 #ifdef FASTCLIP_CUDA
-  if (!grads.only_on_cpu()) return cuda::get_total_norm(grads, type, error_if_nonfinite);
+  if (!grads.only_on_cpu()) return cuda::get_total_norm(grads, type, error_if_nonfinite, statistics);
 #endif
-  const double norm = rounded(total_norm(grads.groups().front(), type), grads.norm_dtype());
+  const double norm = rounded(norm_and_statistics(grads, type, statistics), grads.norm_dtype());
   if (error_if_nonfinite) check_finite(norm, type);
   return number_tensor(norm, grads.norm_dtype());
 }
@@ -309,10 +312,10 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
 at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
                           at::Tensor* statistics) {
 #ifdef FASTCLIP_CUDA
-  if (!grads.only_on_cpu()) return cuda::clip_grad_norm(grads, max_norm, type, error_if_nonfinite);
+  if (!grads.only_on_cpu()) return cuda::clip_grad_norm(grads, max_norm, type, error_if_nonfinite, statistics);
 #endif
   Group& group = grads.groups().front();
-  const double norm = statistics ? examine(grads, type, *statistics) : total_norm(group, type);
+  const double norm = norm_and_statistics(grads, type, statistics);
   const double returned_norm = rounded(norm, grads.norm_dtype());
   if (error_if_nonfinite) check_finite(returned_norm, type);
   at::Tensor result = number_tensor(norm, grads.norm_dtype());  // before anything is written: it may be out of memory
@@ -324,10 +327,10 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
 Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
                       at::Tensor* statistics) {
 #ifdef FASTCLIP_CUDA
-  if (!grads.only_on_cpu()) return cuda::prepare_step(grads, max_norm, type, grad_scale, in_place);
+  if (!grads.only_on_cpu()) return cuda::prepare_step(grads, max_norm, type, grad_scale, in_place, statistics);
 #endif
   Group& group = grads.groups().front();
-  const double norm = statistics ? examine(grads, type, *statistics) : total_norm(group, type);
+  const double norm = norm_and_statistics(grads, type, statistics);
   const double scaled_by = grad_scale.here();
   const double factor = step_factor(max_norm.here(), norm, scaled_by, grads.norm_dtype());
   Prepared prepared = prepared_tensors(norm, scaled_by, factor, grads.norm_dtype());

@@ -103,6 +103,7 @@ class Gradients {
 // A group on the CPU: its norm, unrounded; its gradients changed in place, and their version counters where they were.
 double total_norm(const Group& group, NormType type);
 double total_norm(const Group& group, NormType type, StatisticsRow* rows);  // also adds to the gradients' rows
+at::Tensor empty_statistics(int64_t gradients);                             // the rows, all zero
 void scale(Group& group, double coef);
 void clamp(Group& group, double clip_value);
 
@@ -143,15 +144,11 @@ double step_factor(double max_norm, double scaled_norm, double grad_scale, at::S
 Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, at::ScalarType norm_dtype);
 
 // The functions of fastclip._C, on packed gradients.
-at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite);
 // With `statistics`, a tensor that becomes [gradients, 6] float64, also when the norm is not finite and that is an
 // error.
+at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite, at::Tensor* statistics = nullptr);
 at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
                           at::Tensor* statistics = nullptr);
-// The statistics alone, on the CPU, and the unrounded norm.
-double examine(const Gradients& grads, NormType type, at::Tensor& statistics);
-// Why torch has to compute statistics, "" where a kernel does.
-std::string why_not_examined(const Gradients& grads);
 void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm);
 void clip_grad_value(Gradients& grads, double clip_value);
 

@@ -24,6 +24,8 @@
 namespace fastclip::cuda {
 namespace {
 
+constexpr int64_t kColumns = sizeof(StatisticsRow) / sizeof(double);
+
 // A tensor over a part of a storage on a CUDA device.
 at::Tensor view(const c10::Storage& storage, at::ScalarType dtype, size_t byte, at::IntArrayRef sizes) {
   at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
@@ -33,9 +35,14 @@ at::Tensor view(const c10::Storage& storage, at::ScalarType dtype, size_t byte, 
   return tensor;
 }
 
-// What a call does with the gradients.
+c10::Storage new_storage(size_t bytes) {
+  c10::Allocator* allocator = c10::cuda::CUDACachingAllocator::get();
+  return c10::Storage(c10::Storage::use_byte_size_t(), bytes, allocator->allocate(bytes), allocator, true);
+}
+
+// What a call does with the gradients. examines: their statistics are wanted.
 struct Plan {
-  bool reduces, writes;
+  bool reduces, writes, examines = false;
 };
 
 // One device's part of a call.
@@ -47,6 +54,7 @@ class Part {
         table_(group.dense.size() + (plan.reduces ? group.gapped.size() : 0)) {
     table_.add(group.dense);
     scale_rows_ = table_.rows();
+    examines_ = plan.examines;
     if (plan.reduces) {
       TensorTable copies;
       for (const Gapped& grad : group.gapped) {
@@ -71,10 +79,29 @@ class Part {
   // Makes room for the results: the partial norms of this device, and of others behind them.
   void allocate(int other_partials = 0) {
     const c10::cuda::CUDAGuard guard(group.device);
-    c10::Allocator* allocator = c10::cuda::CUDACachingAllocator::get();
-    const size_t bytes = offsetof(Results, partial_norms) + (blocks_ + other_partials) * sizeof(double);
-    storage_ = c10::Storage(c10::Storage::use_byte_size_t(), bytes, allocator->allocate(bytes), allocator, true);
+    storage_ = new_storage(offsetof(Results, partial_norms) + (blocks_ + other_partials) * sizeof(double));
     all_partials_ = blocks_ + other_partials;
+    if (!examines_ || table_.size() == 0) return;
+    // Apart from the results, since the user keeps the norm and the statistics for as long as he likes, each without
+    // the other, and the warps' parts are of no use after the call.
+    warp_parts_ = new_storage((blocks_ * kWarps + table_.size() - 1) * sizeof(WarpPart));
+    statistics_ = new_storage(table_.size() * sizeof(StatisticsRow));
+  }
+
+  // The statistics of all gradients of the table, in its order.
+  at::Tensor statistics() const { return view(statistics_, at::kDouble, 0, {table_.size(), kColumns}); }
+
+  // Calls visit(row of the call, row of statistics(), rows) for as many rows at once as follow each other in both.
+  template <class Visit>
+  void for_each_run_of_rows(Visit visit) const {
+    const int64_t dense = group.dense.size(), all = table_.size();
+    const auto row = [&](int64_t i) -> int64_t {
+      return i < dense ? group.dense.slices()[i].row : group.gapped[i - dense].row;
+    };
+    for (int64_t begin = 0, end; begin < all; begin = end) {
+      for (end = begin + 1; end < all && row(end) == row(begin) + (end - begin);) ++end;
+      visit(row(begin), begin, end - begin);
+    }
   }
 
   at::Tensor norm(at::ScalarType dtype) const { return view(storage_, dtype, 0, {}); }
@@ -88,9 +115,12 @@ class Part {
   }
 
   void reduce(NormType type) const {
-    Job job = new_job();
+    Job job = new_reducing_job();
     job.task = Task::Reduce;
     job.norm_type = type;
+    launch(job, table_, blocks_, stream);
+    if (!job.parts) return;
+    job.task = Task::Rows;
     launch(job, table_, blocks_, stream);
   }
 
@@ -101,6 +131,16 @@ class Part {
     job.scale_rows = scale_rows_;
     job.partials = all_partials_;
     job.results = storage_ ? static_cast<Results*>(storage_.mutable_data()) : nullptr;
+    return job;
+  }
+
+  // The same for a task that reduces.
+  Job new_reducing_job() const {
+    Job job = new_job();
+    if (statistics_) {
+      job.parts = static_cast<WarpPart*>(warp_parts_.mutable_data());
+      job.statistics = static_cast<StatisticsRow*>(statistics_.mutable_data());
+    }
     return job;
   }
 
@@ -115,6 +155,7 @@ class Part {
     job.source = Source::PartialNorms;
     if (!rounds_.empty()) {
       reduce(job.norm_type);
+      job.parts = nullptr;
       return scale(job);
     }
     job.task = Task::ReduceThenScale;
@@ -171,7 +212,9 @@ class Part {
   int64_t scale_rows_;              // of the flat memory
   std::vector<PackedTable> rounds_;
   int blocks_ = 1, all_partials_ = 0;
-  c10::Storage storage_;  // Results
+  bool examines_;
+  c10::Storage storage_;                  // Results
+  c10::Storage warp_parts_, statistics_;  // where statistics are wanted: WarpPart and StatisticsRow
 };
 
 at::Tensor factors_tensor(double coef) {
@@ -184,7 +227,7 @@ at::Tensor factors_tensor(double coef) {
 
 // All devices of a call.
 struct Call {
-  Call(Gradients& grads, Plan plan) : dtype(grads.norm_dtype()) {
+  Call(Gradients& grads, Plan plan) : dtype(grads.norm_dtype()), count(grads.count()), examines(plan.examines) {
     parts.reserve(grads.groups().size());
     for (Group& group : grads.groups()) {
       if (group.device.is_cpu()) {
@@ -211,7 +254,7 @@ struct Call {
       lead().partial_norms(at, part.partials()).copy_(part.partial_norms(0, part.partials()), true);
       at += part.partials();
     }
-    if (cpu) lead().partial_norms(at, 1).copy_(number_tensor(total_norm(*cpu, type), at::kDouble).view({1}), true);
+    if (cpu) lead().partial_norms(at, 1).copy_(number_tensor(norm_of_cpu(type), at::kDouble).view({1}), true);
   }
 
   // Scales on all but the leading device, by the leading device's coefficient.
@@ -246,7 +289,7 @@ struct Call {
       part.allocate();
       part.reduce(type);
     }
-    double norm = total_norm(*cpu, type);
+    double norm = norm_of_cpu(type);
     for (Part& part : parts) {
       const at::Tensor partials = part.partial_norms(0, part.partials()).cpu();
       for (int i = 0; i < part.partials(); ++i) norm = combine_norms(norm, partials.const_data_ptr<double>()[i], type);
@@ -254,10 +297,43 @@ struct Call {
     return norm;
   }
 
+  // Of the gradients on the CPU. Their statistics stay in cpu_statistics.
+  double norm_of_cpu(NormType type) {
+    if (!examines) return total_norm(*cpu, type);
+    cpu_statistics = empty_statistics(count);
+    return total_norm(*cpu, type, static_cast<StatisticsRow*>(cpu_statistics.mutable_data_ptr()));
+  }
+
+  // The statistics of all gradients, on the leading device, once all parts have reduced. Those of a list without gaps
+  // and empty gradients on one device are there already; others are put together, which takes copies.
+  at::Tensor statistics() {
+    if (!cpu && parts.size() == 1) {
+      bool in_order = false;
+      lead().for_each_run_of_rows([&](int64_t row, int64_t, int64_t rows) { in_order = row == 0 && rows == count; });
+      if (in_order) return lead().statistics();
+    }
+    at::Tensor all;
+    if (cpu) {
+      all = host_leads ? cpu_statistics : cpu_statistics.to(lead().group.device);
+    } else {
+      const c10::cuda::CUDAGuard guard(lead().group.device);
+      all = view(new_storage(count * sizeof(StatisticsRow)), at::kDouble, 0, {count, kColumns}).zero_();
+    }
+    for (const Part& part : parts) {
+      part.for_each_run_of_rows([&](int64_t row, int64_t from, int64_t rows) {
+        all.narrow(0, row, rows).copy_(part.statistics().narrow(0, from, rows), /*non_blocking=*/!host_leads);
+      });
+    }
+    return all;
+  }
+
   std::vector<Part> parts;
   Group* cpu = nullptr;
   bool host_leads;
   at::ScalarType dtype;  // of the norm that the user gets
+  int64_t count;         // of gradients, empty ones too
+  bool examines;
+  at::Tensor cpu_statistics;
 };
 
 // A number as a kernel on `device` reads it. A copy of it, if one has to be made, is kept in `kept`.
@@ -277,7 +353,7 @@ Operand operand(const Number& number, c10::Device device, std::vector<at::Tensor
 }
 
 Job norm_job(Call& call, NormType type) {
-  Job job = call.lead().new_job();
+  Job job = call.lead().new_reducing_job();
   job.norm_type = type;
   job.norm_is_f64 = call.dtype == at::kDouble;
   return job;
@@ -285,8 +361,8 @@ Job norm_job(Call& call, NormType type) {
 
 }  // namespace
 
-at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite) {
-  Call call(grads, {.reduces = true, .writes = false});
+at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite, at::Tensor* statistics) {
+  Call call(grads, {.reduces = true, .writes = false, .examines = statistics != nullptr});
   at::Tensor norm;
   if (call.host_leads) {
     norm = number_tensor(call.norm_here(type), call.dtype);
@@ -295,12 +371,15 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
     call.lead().norm(norm_job(call, type));
     norm = call.lead().norm(call.dtype);
   }
+  if (statistics) *statistics = call.statistics();
   if (error_if_nonfinite) check_finite(norm.item().toDouble(), type);
   return norm;
 }
 
-static at::Tensor clip_led_by_host(Call& call, double max_norm, NormType type, bool error_if_nonfinite) {
+static at::Tensor clip_led_by_host(Call& call, double max_norm, NormType type, bool error_if_nonfinite,
+                                   at::Tensor* statistics) {
   const double total_norm = call.norm_here(type), returned_norm = rounded(total_norm, call.dtype);
+  if (statistics) *statistics = call.statistics();
   if (error_if_nonfinite) check_finite(returned_norm, type);
   at::Tensor result = number_tensor(returned_norm, call.dtype);
   const double coef = coef_for(max_norm, total_norm, returned_norm);
@@ -308,9 +387,10 @@ static at::Tensor clip_led_by_host(Call& call, double max_norm, NormType type, b
   return result;
 }
 
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite) {
-  Call call(grads, {.reduces = true, .writes = true});
-  if (call.host_leads) return clip_led_by_host(call, max_norm.here(), type, error_if_nonfinite);
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
+                          at::Tensor* statistics) {
+  Call call(grads, {.reduces = true, .writes = true, .examines = statistics != nullptr});
+  if (call.host_leads) return clip_led_by_host(call, max_norm.here(), type, error_if_nonfinite, statistics);
 
   std::vector<at::Tensor> kept;
   call.gather(type);
@@ -319,17 +399,19 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
   job.spare_nonfinite = error_if_nonfinite;
   call.lead().reduce_then_scale(job);
   at::Tensor norm = call.lead().norm(call.dtype);
+  if (statistics) *statistics = call.statistics();
   if (error_if_nonfinite) check_finite(norm.item().toDouble(), type);  // waits; nothing was written if it throws
   call.lead().finish_scaling();
   call.scale_others();
   return norm;
 }
 
-Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale,
-                      bool in_place) {
-  Call call(grads, {.reduces = true, .writes = in_place});
+Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
+                      at::Tensor* statistics) {
+  Call call(grads, {.reduces = true, .writes = in_place, .examines = statistics != nullptr});
   if (call.host_leads) {
     const double norm = call.norm_here(type), scaled_by = grad_scale.here();
+    if (statistics) *statistics = call.statistics();
     const double factor = step_factor(max_norm.here(), norm, scaled_by, call.dtype);
     if (in_place && std::isfinite(norm) && must_scale(factor)) call.scale_all(factor);
     return prepared_tensors(norm, scaled_by, factor, call.dtype);
@@ -348,6 +430,7 @@ Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, c
   } else {
     call.lead().norm(job);
   }
+  if (statistics) *statistics = call.statistics();
   return {call.lead().norm(call.dtype), call.lead().grad_scale(), call.lead().found_inf()};
 }
 

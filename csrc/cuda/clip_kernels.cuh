@@ -46,15 +46,16 @@ __device__ __forceinline__ uint4 clamp_elements(uint4 v, typename D::Element bou
   return D::pack(x);
 }
 
-// Each dtype says how a 16-byte vector becomes numbers and back, and what the largest absolute value in it is, as a
-// bit pattern: as integers NaN is above inf and inf above every number.
+// Each dtype says how a 16-byte vector becomes numbers and back, and what the largest and the smallest absolute value
+// in it is, as a bit pattern: as integers NaN is above inf and inf above every number. kNormal is that of the smallest
+// number that is not subnormal.
 
 struct F32 {
   using Element = float;
   using Number = float;
   static constexpr int kElements = 4;
   using Pattern = uint32_t;
-  static constexpr Pattern kAbs = 0x7fffffff;
+  static constexpr Pattern kAbs = 0x7fffffff, kInf = 0x7f800000, kNormal = 0x00800000;
 
   static __device__ void unpack(uint4 v, float (&x)[4]) {
     x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y), x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
@@ -74,6 +75,15 @@ struct F32 {
     __device__ void take(uint4 v) { take(v.x), take(v.y), take(v.z), take(v.w); }
     __device__ Pattern pattern() const { return bits; }
   };
+  struct Smallest {
+    uint32_t bits = kAbs;
+    __device__ void take(uint32_t word) { bits = min(bits, word & kAbs); }
+    __device__ void take(uint4 v) { take(v.x), take(v.y), take(v.z), take(v.w); }
+    __device__ Pattern pattern() const { return bits; }
+  };
+  static __device__ void magnitudes(uint4 v, Pattern (&x)[4]) {
+    x[0] = v.x & kAbs, x[1] = v.y & kAbs, x[2] = v.z & kAbs, x[3] = v.w & kAbs;
+  }
 };
 
 // Two 16-bit elements in a word. The larger of the upper halves is found with the lower halves left in place, which
@@ -85,6 +95,13 @@ struct Largest16 {
   __device__ uint16_t pattern() const { return static_cast<uint16_t>(max(upper >> 16, lower >> 17)); }
 };
 
+struct Smallest16 {
+  uint32_t upper = 0x7fffffff, lower = 0xffffffff;
+  __device__ void take(uint32_t word) { upper = min(upper, word & 0x7fffffff), lower = min(lower, word << 17); }
+  __device__ void take(uint4 v) { take(v.x), take(v.y), take(v.z), take(v.w); }
+  __device__ uint16_t pattern() const { return static_cast<uint16_t>(min(upper >> 16, lower >> 17)); }
+};
+
 // What float16 and bfloat16 have in common; D takes a word apart and puts it together.
 template <class D>
 struct SixteenBit {
@@ -92,12 +109,18 @@ struct SixteenBit {
   static constexpr int kElements = 8;
   using Pattern = uint16_t;
   using Largest = Largest16;
+  using Smallest = Smallest16;
 
   static __device__ void unpack(uint4 v, float (&x)[8]) {
     D::unpack_pair(v.x, x), D::unpack_pair(v.y, x + 2), D::unpack_pair(v.z, x + 4), D::unpack_pair(v.w, x + 6);
   }
   static __device__ uint4 pack(const float (&x)[8]) {
     return make_uint4(D::pack_pair(x), D::pack_pair(x + 2), D::pack_pair(x + 4), D::pack_pair(x + 6));
+  }
+  static __device__ void magnitudes(uint4 v, Pattern (&x)[8]) {
+    const uint32_t words[] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[2 * i] = words[i] & 0x7fff, x[2 * i + 1] = words[i] >> 16 & 0x7fff;
   }
   // Two elements an instruction; NaN stays NaN.
   template <class Element>
@@ -109,7 +132,7 @@ struct SixteenBit {
 
 struct F16 : SixteenBit<F16> {
   using Element = __half;
-  static constexpr Pattern kAbs = 0x7fff;
+  static constexpr Pattern kAbs = 0x7fff, kInf = 0x7c00, kNormal = 0x0400;
 
   static __device__ void unpack_pair(uint32_t word, float* x) {
     const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
@@ -132,7 +155,7 @@ struct F16 : SixteenBit<F16> {
 
 struct BF16 : SixteenBit<BF16> {
   using Element = __nv_bfloat16;
-  static constexpr Pattern kAbs = 0x7fff;
+  static constexpr Pattern kAbs = 0x7fff, kInf = 0x7f80, kNormal = 0x0080;
 
   // A bfloat16 is the upper half of a float: one instruction an element.
   static __device__ void unpack_pair(uint32_t word, float* x) {
@@ -158,7 +181,7 @@ struct F64 {
   using Number = double;
   static constexpr int kElements = 2;
   using Pattern = unsigned long long;
-  static constexpr Pattern kAbs = 0x7fffffffffffffff;
+  static constexpr Pattern kAbs = 0x7fffffffffffffff, kInf = 0x7ff0000000000000, kNormal = 0x0010000000000000;
 
   static __device__ void unpack(uint4 v, double (&x)[2]) {
     x[0] = __hiloint2double(v.y, v.x), x[1] = __hiloint2double(v.w, v.z);
@@ -180,6 +203,19 @@ struct F64 {
     }
     __device__ Pattern pattern() const { return bits; }
   };
+  struct Smallest {
+    Pattern bits = kAbs;
+    __device__ void take(uint4 v) {
+      Pattern x[2];
+      magnitudes(v, x);
+      bits = min(bits, min(x[0], x[1]));
+    }
+    __device__ Pattern pattern() const { return bits; }
+  };
+  static __device__ void magnitudes(uint4 v, Pattern (&x)[2]) {
+    x[0] = (static_cast<Pattern>(v.y & 0x7fffffff) << 32) | v.x;
+    x[1] = (static_cast<Pattern>(v.w & 0x7fffffff) << 32) | v.z;
+  }
 };
 
 // Calls visit(dtype tag): the only switch over dtypes.
@@ -231,6 +267,17 @@ struct Batch {
     typename D::Largest found;
 #pragma unroll
     for (int k = 0; k < kRowsInFlight; ++k) found.take(v[k]);
+    return found.pattern();
+  }
+
+  // The smallest absolute value of the vectors that this lane has.
+  template <class D>
+  __device__ __forceinline__ typename D::Pattern smallest() const {
+    typename D::Smallest found;
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) {
+      if (k < count) found.take(v[k]);
+    }
     return found.pattern();
   }
 
@@ -300,6 +347,9 @@ struct L1 {
   }
   __device__ void take(double x) { sum += fabs(x); }
   __device__ void merge(const L1& other) { sum += other.sum; }
+  __device__ void store(double* to) const { to[0] = sum; }
+  static __device__ L1 load(const double* from) { return {from[0]}; }
+  static constexpr int kNumbers = 1;  // that store() writes
   __device__ L1 of_lane(int mask) const { return {__shfl_xor_sync(kAllLanes, sum, mask)}; }
   __device__ double norm() const { return sum; }
 };
@@ -336,6 +386,9 @@ struct L2 {
     }
   }
   __device__ void merge(const L2& other) { sum += other.sum, large += other.large, small += other.small; }
+  __device__ void store(double* to) const { to[0] = sum, to[1] = large, to[2] = small; }
+  static __device__ L2 load(const double* from) { return {from[0], from[1], from[2]}; }
+  static constexpr int kNumbers = 3;
   __device__ L2 of_lane(int mask) const {
     return {__shfl_xor_sync(kAllLanes, sum, mask), __shfl_xor_sync(kAllLanes, large, mask),
             __shfl_xor_sync(kAllLanes, small, mask)};
@@ -357,6 +410,9 @@ struct Inf {
   }
   __device__ void take(double x) { max = nan_max(max, fabs(x)); }
   __device__ void merge(const Inf& other) { max = nan_max(max, other.max); }
+  __device__ void store(double* to) const { to[0] = max; }
+  static __device__ Inf load(const double* from) { return {from[0]}; }
+  static constexpr int kNumbers = 1;
   __device__ Inf of_lane(int mask) const { return {__shfl_xor_sync(kAllLanes, max, mask)}; }
   __device__ double norm() const { return max; }
 };
@@ -390,6 +446,13 @@ struct Share {
     end = begin + each + (warp < rest);
   }
 };
+
+// The warp that has a row.
+__device__ int64_t warp_of(int64_t row, int64_t rows) {
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+  const int64_t each = rows / warps, rest = rows % warps, longer = rest * (each + 1);
+  return row < longer ? row / (each + 1) : rest + (row - longer) / each;
+}
 
 __device__ __forceinline__ int64_t end_row(const Entry& entry) {
   return static_cast<int64_t>(entry.packed >> kRowShift);
@@ -471,6 +534,146 @@ __device__ double reduce_share(const Job& job, const Entry* entries) {
   }
   return block_norm(norm);
 }
+
+// ---- statistics ----
+
+__device__ unsigned long long warp_sum(unsigned long long x) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+  return x;
+}
+__device__ double warp_max(double x) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = nan_max(x, __shfl_xor_sync(kAllLanes, x, mask));
+  return x;
+}
+template <class Norm>
+__device__ Norm warp_norm(Norm norm) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) norm.merge(norm.of_lane(mask));
+  return norm;
+}
+
+// What a warp counts of the gradient at hand, and the norm of all it has had. In shared memory, where lane 0 alone
+// keeps it: the plain kernel already has all of its 64 registers in use.
+struct WarpTotals {
+  unsigned long long zeros, small, large, nans;  // small: zeros and subnormal numbers. large: inf and NaN
+  double norm[3];
+
+  // Counts what all lanes have: patterns(i, take) calls take for those of the i-th of this lane's `count` pieces.
+  template <class D, class Patterns>
+  __device__ void count(int lane, int count, Patterns patterns) {
+    uint32_t own_zeros = 0, own_small = 0, own_large = 0, own_nans = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      patterns(i, [&](typename D::Pattern x) {
+        own_zeros += x == 0, own_small += x<D::kNormal, own_large += x >= D::kInf, own_nans += x> D::kInf;
+      });
+    }
+    const auto all_zeros = warp_sum(own_zeros), all_small = warp_sum(own_small);
+    const auto all_large = warp_sum(own_large), all_nans = warp_sum(own_nans);
+    if (lane == 0) zeros += all_zeros, small += all_small, large += all_large, nans += all_nans;
+  }
+};
+
+// A lane's part of a gradient as reduce() has it, and what else is known of it. Every batch costs a maximum and a
+// minimum; only where these say that there is something to count is it read again, from the cache, and counted.
+// Returns the lane's largest absolute value.
+template <class D, class Norm>
+__device__ __forceinline__ double examine(const Segment& segment, int lane, Norm& norm, WarpTotals& totals) {
+  using Pattern = typename D::Pattern;
+  Pattern largest = 0;
+  if (segment.head_size + segment.tail_size > 0) {
+    const auto* const x = segment.element<typename D::Element>(lane);
+    if (x) {
+      norm.take(D::widen(*x));
+      largest = static_cast<Pattern>(D::bits(*x) & D::kAbs);
+    }
+    totals.count<D>(lane, x != nullptr, [largest](int, auto take) { take(largest); });
+  }
+  uint4* p = segment.vectors;
+  for (int left = segment.count; left > 0; left -= Batch::kVectors, p += Batch::kVectors) {
+    const Batch batch(p, lane, left);
+    norm.template take<D>(batch);
+    const Pattern most = batch.largest<D>(), least = batch.smallest<D>();
+    largest = greater(largest, most);
+    if (!__any_sync(kAllLanes, most >= D::kInf || least < D::kNormal)) continue;
+    totals.count<D>(lane, batch.count, [&batch](int k, auto take) {
+      Pattern x[D::kElements];
+      D::magnitudes(batch.p[k * kWarp], x);
+#pragma unroll
+      for (int e = 0; e < D::kElements; ++e) take(x[e]);
+    });
+  }
+  return D::widen(D::value(largest));
+}
+
+// As reduce_share(), and leaves behind what this warp knows of each gradient.
+template <class Norm>
+__device__ double examine_share(const Job& job, const Entry* entries) {
+  __shared__ WarpTotals storage[kWarps];
+  WarpTotals& totals = storage[threadIdx.x / kWarp];
+  const Share share(job.rows);
+  const int lane = threadIdx.x % kWarp;
+  if (lane == 0) Norm().store(totals.norm);
+  if (share.begin < share.end) {
+    for (int i = find(entries, job.entries, share.begin); i < job.entries; ++i) {
+      const Segment segment(entries, i, share);
+      if (lane == 0) totals.zeros = totals.small = totals.large = totals.nans = 0;
+      Norm norm;
+      double abs_max = 0;
+      with_dtype(segment.dtype, [&](auto d) { abs_max = examine<decltype(d)>(segment, lane, norm, totals); });
+      norm = warp_norm(norm), abs_max = warp_max(abs_max);
+      if (lane == 0) {
+        Norm total = Norm::load(totals.norm);
+        total.merge(norm);
+        total.store(totals.norm);
+        WarpPart& part = job.parts[static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp + i];
+        norm.store(part.norm);
+        part.abs_max = abs_max;
+        part.zeros = totals.zeros, part.subnormals = totals.small - totals.zeros;
+        part.infs = totals.large - totals.nans, part.nans = totals.nans;
+      }
+      if (end_row(entries[i]) >= share.end) break;
+    }
+  }
+  return block_norm(lane == 0 ? Norm::load(totals.norm) : Norm());
+}
+
+// The rows of all gradients, a warp for each in turn. The parts of one follow each other, and are always added up in
+// the same order.
+template <class Norm>
+__device__ void write_rows(const Job& job, const Entry* entries) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  for (int64_t i = warp; i < job.entries; i += warps) {
+    const int64_t start = i > 0 ? end_row(entries[i - 1]) : 0;
+    const int64_t last = warp_of(end_row(entries[i]) - 1, job.rows);
+    Norm norm;
+    double abs_max = 0;
+    unsigned long long zeros = 0, infs = 0, nans = 0, subnormals = 0;
+    for (int64_t w = warp_of(start, job.rows) + lane; w <= last; w += kWarp) {
+      const WarpPart& part = job.parts[w + i];  // from L2, as in combine_partials()
+      double numbers[Norm::kNumbers];
+#pragma unroll
+      for (int n = 0; n < Norm::kNumbers; ++n) numbers[n] = __ldcg(part.norm + n);
+      norm.merge(Norm::load(numbers));
+      abs_max = nan_max(abs_max, __ldcg(&part.abs_max));
+      zeros += __ldcg(&part.zeros), infs += __ldcg(&part.infs);
+      nans += __ldcg(&part.nans), subnormals += __ldcg(&part.subnormals);
+    }
+    norm = warp_norm(norm), abs_max = warp_max(abs_max);
+    zeros = warp_sum(zeros), infs = warp_sum(infs), nans = warp_sum(nans), subnormals = warp_sum(subnormals);
+    if (lane == 0) {
+      job.statistics[i] = {norm.norm(),
+                           abs_max,
+                           static_cast<double>(zeros),
+                           static_cast<double>(infs),
+                           static_cast<double>(nans),
+                           static_cast<double>(subnormals)};
+    }
+  }
+}
+
+// ---- norms over blocks ----
 
 template <class Norm>
 __device__ double combine_partials(const Job& job) {
@@ -593,15 +796,31 @@ __device__ double decide(const Job& job, double total_norm) {
   return coef;
 }
 
+// A kernel of its own has statistics: that without them has not a register more for it.
+template <bool kStatistics>
 __device__ void run(const Job& job, const Entry* entries) {
-  if (job.task == Task::Clamp) return clamp_share(job, entries);
+  if (!kStatistics && job.task == Task::Clamp) return clamp_share(job, entries);
+  const auto write_all_rows = [&] {
+    with_norm_type(job.norm_type, [&](auto norm) {
+      write_rows<decltype(norm)>(job, entries);
+      return 0;
+    });
+  };
+  if (kStatistics && job.task == Task::Rows) return write_all_rows();
 
   if (job.task != Task::Scale) {
-    const double partial =
-        with_norm_type(job.norm_type, [&](auto norm) { return reduce_share<decltype(norm)>(job, entries); });
+    const double partial = with_norm_type(job.norm_type, [&](auto norm) {
+      using Norm = decltype(norm);
+      if constexpr (kStatistics) {
+        return examine_share<Norm>(job, entries);
+      } else {
+        return reduce_share<Norm>(job, entries);
+      }
+    });
     if (threadIdx.x == 0) job.results->partial_norms[blockIdx.x] = partial;
     if (job.task == Task::Reduce) return;
     cooperative_groups::this_grid().sync();
+    if constexpr (kStatistics) write_all_rows();
     if (job.task == Task::Norm && blockIdx.x != 0) return;
   }
 
@@ -621,10 +840,10 @@ __device__ void run(const Job& job, const Entry* entries) {
   if (factors.second != 1) scale_share(job, entries, factors.second);
 }
 
-template <class Table>
+template <class Table, bool kStatistics>
 __global__ void __launch_bounds__(kThreads, 2)
     clip_kernel(const __grid_constant__ Job job, const __grid_constant__ Table table) {
-  run(job, table.entries);
+  run<kStatistics>(job, table.entries);
 }
 
 }  // namespace

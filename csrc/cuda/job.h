@@ -54,9 +54,15 @@ struct Results {
   float grad_scale;         // 1 / coef: what an optimizer has to divide by
   float found_inf;          // 1 if a gradient is inf or NaN, else 0
   double partial_norms[1];  // one a block, in the order of the shares
+};
 
-  // Shares are contiguous. So when later a result for every (block, gradient) pair is wanted, block + gradient numbers
-  // these without gaps: at most blocks + gradients - 1 of them.
+// What a warp knows of its part of one gradient, when statistics are wanted. Shares are contiguous, so warp + gradient
+// numbers these pairs: warps + gradients - 1 of 64 bytes, 141 KB for the 148 gradients of GPT-2 small on 132 blocks,
+// which are 0.03% of its bytes in float32. They are read again once.
+struct WarpPart {
+  double norm[3];  // as L1, L2 and Inf of clip_kernels.cuh store it
+  double abs_max;  // NaN if there is one
+  unsigned long long zeros, infs, nans, subnormals;
 };
 
 // Where the coefficient of a scaling comes from.
@@ -67,6 +73,7 @@ enum class Task : uint8_t {
   Scale,            // Source -> coefficient -> own share, and the norm where partial norms are the source
   ReduceThenScale,  // both, with a grid-wide barrier between
   Norm,             // the same without scaling
+  Rows,             // what Reduce left of each gradient -> its row of statistics; the two tasks above do it themselves
   Clamp,
 };
 
@@ -82,6 +89,8 @@ struct Job {
   int64_t rows;
   int64_t scale_rows;  // only the first of them are written: copies of gradients with gaps stand behind them
   Results* results;
+  WarpPart* parts;            // null where no statistics are wanted, and
+  StatisticsRow* statistics;  // what becomes of them: one a gradient
   Operand max_norm, total_norm;
   Operand grad_scale;  // what the gradients are still multiplied by, and will be divided by
   double clip_value;

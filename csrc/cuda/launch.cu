@@ -35,6 +35,12 @@ void launch_plain(const void* kernel, int blocks, void** args, cudaStream_t stre
   C10_CUDA_CHECK(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), args, 0, stream));
 }
 
+template <class Table>
+const void* kernel_for(const Job& job) {
+  return job.parts ? reinterpret_cast<const void*>(&clip_kernel<Table, true>)
+                   : reinterpret_cast<const void*>(&clip_kernel<Table, false>);
+}
+
 void launch_kernel(const void* kernel, Job job, const void* table, int blocks, c10::cuda::CUDAStream stream) {
   void* args[] = {&job, const_cast<void*>(table)};
   if (job.task != Task::ReduceThenScale && job.task != Task::Norm) return launch_plain(kernel, blocks, args, stream);
@@ -51,6 +57,10 @@ void launch_kernel(const void* kernel, Job job, const void* table, int blocks, c
   const Task whole = job.task;
   job.task = Task::Reduce;
   launch_plain(kernel, blocks, args, stream);
+  if (job.parts) {
+    job.task = Task::Rows;
+    launch_plain(kernel, blocks, args, stream);
+  }
   job.task = Task::Scale;
   if (whole == Task::Norm) job.scale_rows = 0;
   launch_plain(kernel, whole == Task::Norm ? 1 : blocks, args, stream);
@@ -75,15 +85,13 @@ void launch(Job job, const PackedTable& table, int blocks, c10::cuda::CUDAStream
   job.entries = table.size();
   job.rows = table.rows();
   if (table.size() <= kFewEntries) {
-    launch_kernel(reinterpret_cast<const void*>(&clip_kernel<InlineTable<kFewEntries>>), job, table.entries(), blocks,
-                  stream);
+    launch_kernel(kernel_for<InlineTable<kFewEntries>>(job), job, table.entries(), blocks, stream);
   } else if (table.size() <= kManyEntries) {
-    launch_kernel(reinterpret_cast<const void*>(&clip_kernel<InlineTable<kManyEntries>>), job, table.entries(), blocks,
-                  stream);
+    launch_kernel(kernel_for<InlineTable<kManyEntries>>(job), job, table.entries(), blocks, stream);
   } else {
     const TableOnDevice copy = on_device(table, stream);
     const RemoteTable remote{copy.entries};
-    launch_kernel(reinterpret_cast<const void*>(&clip_kernel<RemoteTable>), job, &remote, blocks, stream);
+    launch_kernel(kernel_for<RemoteTable>(job), job, &remote, blocks, stream);
   }
 }
 

@@ -6,6 +6,7 @@ python -m benchmarks compare old.json new.json
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     one.add_argument("--threads", type=positive, default=torch.get_num_threads(), metavar="N")
     one.add_argument("--effort", type=float, default=1.0, metavar="X", help="X times as long for every case")
+    one.add_argument("--budget", type=float, default=math.inf, metavar="S", help="start no new case after S seconds")
     one.add_argument("--strict", action="store_true", help="refuse to measure while others use the machine")
     one.add_argument("--list", action="store_true", help="name the cases and stop")
     one.add_argument("--output", type=Path, default=Path("benchmarks/results/latest"), metavar="PREFIX", help=".json, .md")
@@ -85,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     json_file = options.output.with_suffix(".json")
     old = results.load(json_file) if options.merge and json_file.exists() else None
     try:
-        report = run.run(steps, left_out, options.device, effort, options.threads, options.strict)
+        report = run.run(steps, left_out, options.device, effort, options.threads, options.strict, options.budget)
     except run.Disturbed as disturbed:
         print(f"--strict: {disturbed}. Nothing was written.", file=sys.stderr)
         return run.REFUSED

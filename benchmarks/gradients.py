@@ -88,7 +88,10 @@ class Gradients:
         """Chooses the threshold, plants what is not finite, and keeps a copy for restore() where that is needed."""
         self.mode = mode
         self.max_norm = self.norm / 10 if mode == CLIPPED else NEVER if mode == UNCLIPPED else 1.0
+        for dtype, saved in self.saved.items():
+            self.buffers[dtype].copy_(saved)
         if mode == NONFINITE:
+            self.saved.clear()
             grad = self.grads[len(self.grads) // 2]
             grad.view(-1)[grad.numel() // 2] = math.inf
             self.norm = math.inf

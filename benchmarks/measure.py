@@ -16,6 +16,7 @@ from benchmarks.clocks import CpuClock, CudaClock
 from benchmarks.gradients import Gradients, WrongResult
 
 CEILING = "ceiling"
+FIRST = ("norm_error", "largest_difference", "memory_peak")  # what the first call of each contestant shows
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
 WARM = 1 << 16  # bytes: up to here a sample is the mean of WARM_CALLS calls in a row, else the cache decides
@@ -111,20 +112,8 @@ def run_mode(
     """
     gradients.set_mode(mode)
     calls, absent = rivals.contestants(gradients, case.rivals, effort.quick)
-    contestants, errors, peaks = {}, {}, {}
-    for name, call in calls.items():
-        try:
-            errors[name], peaks[name] = _first_call(name, call, gradients)
-        except WrongResult as wrong:
-            if name == rivals.FASTCLIP:
-                raise
-            absent[name] = f"wrong result: {wrong}"
-        except Exception as error:  # rivals fail in their own ways
-            if name in (rivals.FASTCLIP, rivals.TORCH):
-                raise
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        else:
-            contestants[name] = Contestant(call, gradients.restore, _check(name, gradients))
+    first, failed = first_calls(calls, gradients)
+    contestants = {name: Contestant(calls[name], gradients.restore, _check(name, gradients)) for name in first}
     contestants[rivals.LIST] = Contestant(lambda: [parameter.grad for parameter in gradients.parameters])
     way, move = ceiling(gradients, mode, clock)
     contestants[CEILING] = Contestant(move, gradients.restore)
@@ -145,16 +134,14 @@ def run_mode(
         "bytes": case.bytes,
         "calls_a_sample": warm,
         "ceiling_way": way,
-        "norm_error": {name: error[0] for name, error in errors.items()},
-        "largest_difference": {name: error[1] for name, error in errors.items()},
-        "memory_peak": peaks,
+        **{figure: {name: call[figure] for name, call in first.items()} for figure in FIRST},
         **summary(times, rivals.TORCH, rivals.FASTCLIP, case.aims.get(mode)),
     }
     row["gb_per_s"] = passes(mode) * case.bytes / times.median(rivals.FASTCLIP) / 1e9
     row["of_ceiling"] = times.ratio(CEILING, rivals.FASTCLIP)
     if not on_cpu:
         row["host_us"] = {name: stats.median(values) * 1e6 for name, values in times.host.items()}
-    return row, absent
+    return row, {**absent, **failed}
 
 
 def passes(mode: str) -> int:
@@ -185,8 +172,27 @@ def _in_us(spread: dict) -> dict:
     }
 
 
-def _first_call(name: str, call: Callable, gradients: Gradients) -> tuple[tuple[float, float], int | None]:
-    """Warms up, looks at the whole result, and at the memory that the call takes."""
+def first_calls(calls: dict[str, Callable], gradients: Gradients) -> tuple[dict[str, dict], dict[str, str]]:
+    """Warms up, and looks at the whole result: what FIRST names of each call, and why others have nothing to show.
+
+    Raises what goes wrong with fastclip, or torch's own function; of a rival it is noted.
+    """
+    first, failed = {}, {}
+    for name, call in calls.items():
+        try:
+            first[name] = _first_call(name, call, gradients)
+        except WrongResult as wrong:
+            if name == rivals.FASTCLIP:
+                raise
+            failed[name] = f"wrong result: {wrong}"
+        except Exception as error:  # rivals fail in their own ways
+            if name in (rivals.FASTCLIP, rivals.TORCH):
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return first, failed
+
+
+def _first_call(name: str, call: Callable, gradients: Gradients) -> dict:
     result: list[torch.Tensor] = []
     gradients.restore()
     if gradients.grads[0].device.type == "cuda":
@@ -199,7 +205,7 @@ def _first_call(name: str, call: Callable, gradients: Gradients) -> tuple[tuple[
     exact = name == rivals.FASTCLIP
     largest = gradients.check_whole(name, result[0], exact)
     gradients.check(name, result[0], exact)
-    return (gradients.norm_error(result[0]), largest), peak
+    return {"norm_error": gradients.norm_error(result[0]), "largest_difference": largest, "memory_peak": peak}
 
 
 def _check(name: str, gradients: Gradients) -> Callable[[object], None]:

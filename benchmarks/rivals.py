@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 import fastclip
+from benchmarks.clocks import is_a_card
 from benchmarks.gradients import Gradients
 
 COMPILED_TENSORS = 16  # compiling takes 10 seconds for 6 tensors, minutes for 148
@@ -44,17 +45,21 @@ def _compiled(gradients: Gradients, quick: bool) -> Callable | str:
     count = len(gradients.grads)
     if quick:
         return "left out by --quick: it compiles for half a minute"
+    if gradients.grads[0].device.type == "cuda" and not is_a_card():
+        return "its kernels are machine code, which an emulated device does not run"
     if count > COMPILED_TENSORS and gradients.grads[0].device.type == "cpu":
         return f"compiling a graph of {count} tensors takes minutes"
     if count > 200:
         return f"compiling a graph of {count:,} tensors takes minutes"
-    # One graph for each case: recompiling would count against torch's limit.
-    torch._dynamo.reset()
-    compiled, grads, max_norm = torch.compile(_flat_clip), gradients.grads, gradients.max_norm
-    return lambda: compiled(grads, max_norm, gradients.case.norm_type)
+    grads, order = gradients.grads, gradients.case.norm_type
+    max_norm = torch.tensor(gradients.max_norm, device=grads[0].device)
+    if not hasattr(gradients, "compiled"):  # once for a case: the threshold, a tensor, does not belong to the graph
+        torch._dynamo.reset()
+        gradients.compiled = torch.compile(_flat_clip)
+    return lambda: gradients.compiled(grads, max_norm, order)
 
 
-def _flat_clip(tensors: list[torch.Tensor], max_norm: float, order: float) -> torch.Tensor:
+def _flat_clip(tensors: list[torch.Tensor], max_norm: torch.Tensor, order: float) -> torch.Tensor:
     norms = torch.stack([torch.linalg.vector_norm(g, order, dtype=torch.float32) for g in tensors])
     norm = torch.linalg.vector_norm(norms, order)
     coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)

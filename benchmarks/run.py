@@ -1,6 +1,7 @@
 """A run: which cases fit, measured one after the other, and the report of all of them."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ CASE_PARTS = ("models", "kinds", "tensors", "bytes", "threads")
 CPU_PARTS = (*CASE_PARTS, "limits", "experiments", "optim", "end-to-end")
 CUDA_PARTS = ("models", "kinds", "tensors", "optim")
 QUICK_PARTS = (*CASE_PARTS, "limits", "optim")
-QUICK_BYTES = 300 << 20  # --quick leaves out what takes longer to make than to measure
+QUICK_BYTES, QUICK_TENSORS = 300 << 20, 20_000  # --quick leaves out what takes longer to make than to measure
 ROOM = 2 << 30  # bytes of memory that stay free
 
 # Exit codes.
@@ -66,8 +67,8 @@ def fit(case: Case, device: str, quick: bool) -> tuple[Case, list[str]]:
         needed = case.memory(mode)
         if device == "cuda":
             needed += case.bytes  # the rivals make copies
-        if quick and case.bytes > QUICK_BYTES:
-            left_out.append(f"{case.name}, {mode}: {case.bytes / 1e9:.1f} GB are left out by --quick")
+        if quick and (case.bytes > QUICK_BYTES or len(case.shapes) > QUICK_TENSORS):
+            left_out.append(f"{case.name}, {mode}: too large for --quick")
         elif needed + ROOM > free:
             left_out.append(f"{case.name}, {mode}: needs {needed / 1e9:.1f} GB, {max(0, free - ROOM) / 1e9:.1f} GB are free")
         else:
@@ -93,8 +94,20 @@ def _case(case: Case, device: str, effort: Effort, threads: int) -> Callable[[di
     return rows
 
 
-def run(steps: list[Step], left_out: list[str], device: str, effort: Effort, threads: int, strict: bool) -> dict:
-    """Measures all steps. Raises WrongResult, and under ``strict`` Disturbed."""
+def run(
+    steps: list[Step],
+    left_out: list[str],
+    device: str,
+    effort: Effort,
+    threads: int,
+    strict: bool = False,
+    budget: float = math.inf,
+) -> dict:
+    """Measures all steps; those that ``budget`` seconds do not reach are named as left out.
+
+    Raises WrongResult, and under ``strict`` Disturbed.
+    """
+    end = time.perf_counter() + budget
     torch.set_num_threads(threads)
     description = machine.describe(threads)
     # Compiling the ceilings would count as somebody's work.
@@ -118,6 +131,9 @@ def run(steps: list[Step], left_out: list[str], device: str, effort: Effort, thr
             shown.note(f"ceilings.cpp could not be built ({no_ceilings}): the ceilings are torch's own operations.")
             report["left_out"].append(f"ceilings in C++: {no_ceilings}")
         for step in steps:
+            if time.perf_counter() > end:
+                report["left_out"].append(f"{step.name}: the {budget:g} seconds of --budget were used up")
+                continue
             shown.begin(step.name)
             start = time.perf_counter()
             for row in step.rows(absent):

@@ -195,6 +195,8 @@ def first_calls(calls: dict[str, Callable], gradients: Gradients) -> tuple[dict[
 def _first_call(name: str, call: Callable, gradients: Gradients) -> dict:
     result: list[torch.Tensor] = []
     gradients.restore()
+    call()  # what is compiled or loaded now is no memory of the call
+    gradients.restore()
     if gradients.grads[0].device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

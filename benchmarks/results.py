@@ -45,4 +45,10 @@ def merge(old: dict, new: dict) -> dict:
     """The new run, and of the old one the parts that the new one did not measure."""
     parts = {row["part"] for row in new["results"]}
     kept = [row for row in old["results"] if row["part"] not in parts]
-    return {**new, "results": [*new["results"], *kept]}
+    return {
+        **new,
+        "results": [*new["results"], *kept],
+        "seconds": {**old["seconds"], **new["seconds"]},
+        "absent": {**old["absent"], **new["absent"]},
+        "left_out": list(dict.fromkeys([*new["left_out"], *old["left_out"]])),
+    }

@@ -65,7 +65,7 @@ class Rich:
         self._show()
 
     def row(self, row: dict) -> None:
-        ours = row["median_us"].get(row.get("ours"))
+        ours = row.get("median_us", {}).get(row.get("ours"))
         speedup = table.times(row["speedup"]) if "speedup" in row else ""
         self.latest.append([row["part"], row["case"], row["mode"], "" if ours is None else table.duration(ours), speedup])
         self._show()

@@ -1,8 +1,6 @@
 """The charts of the HTML page and of docs, as SVG that follows the reader's light or dark theme. Needs matplotlib."""
 
-import hashlib
 import io
-import json
 import re
 from collections.abc import Callable
 
@@ -48,12 +46,7 @@ def css(theme: dict[str, str]) -> str:
     return " ".join(f"{name}: {value};" for name, value in theme.items())
 
 
-def digest(data: object) -> str:
-    """Of what a chart shows: stands in the SVG, so that a chart that is out of date can be told."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def svg(figure, name: str, data: object, alone: bool) -> str:
+def svg(figure, name: str, alone: bool) -> str:
     """The figure as text; ``alone`` for a file of its own, which brings the themes with it."""
     stream = io.StringIO()
     # The salt makes identifiers that are the same every time, and differ between the charts of a page.
@@ -66,7 +59,7 @@ def svg(figure, name: str, data: object, alone: bool) -> str:
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{name}" data-digest="{digest(data)}" ', 1)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
     if alone:
         themes = f":root {{ {css(LIGHT)} }} @media (prefers-color-scheme: dark) {{ :root {{ {css(DARK)} }} }}"
         text = re.sub(r"(<svg [^>]*>)", rf"\1<style>{themes}</style>", text, count=1)
@@ -77,7 +70,7 @@ def draw(name: str, data: object, paint: Callable, size: tuple[float, float], al
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=size)
         paint(axes, data)
-        return svg(figure, name, data, alone)
+        return svg(figure, name, alone)
 
 
 # ---- what is shown: plain data from reports ------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The file that a run leaves: plain JSON, every sample in it, one list of numbers a line."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -52,3 +53,8 @@ def merge(old: dict, new: dict) -> dict:
         "absent": {**old["absent"], **new["absent"]},
         "left_out": list(dict.fromkeys([*new["left_out"], *old["left_out"]])),
     }
+
+
+def digest(data: object) -> str:
+    """A short name of plain data: what was made of it carries it, so that it can be told when it is out of date."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 import fastclip
-from benchmarks import ceilings, display, experiments, limits, machine, optim, training
+from benchmarks import accuracy, ceilings, display, experiments, limits, machine, optim, training
 from benchmarks.cases import Case, cases
 from benchmarks.clocks import card, clock
 from benchmarks.gradients import Gradients
 from benchmarks.measure import Effort, run_mode
 
 CASE_PARTS = ("models", "kinds", "tensors", "bytes", "threads")
-CPU_PARTS = (*CASE_PARTS, "limits", "experiments", "optim", "end-to-end")
+CPU_PARTS = (*CASE_PARTS, "accuracy", "limits", "experiments", "optim", "end-to-end")
 CUDA_PARTS = ("models", "kinds", "tensors", "optim")
 QUICK_PARTS = (*CASE_PARTS, "limits", "optim")
 QUICK_BYTES, QUICK_TENSORS = 300 << 20, 20_000  # --quick leaves out what takes longer to make than to measure
@@ -51,6 +51,7 @@ def plan(parts: list[str], text: str, device: str, effort: Effort, threads: int)
     whole = {
         "limits": lambda _: limits.measure(effort),
         "experiments": lambda _: experiments.measure(effort),
+        "accuracy": lambda _: accuracy.measure(),
         "optim": lambda _: optim.measure(effort, device),
         "end-to-end": lambda _: training.measure(effort),
     }
@@ -137,8 +138,9 @@ def run(
             shown.begin(step.name)
             start = time.perf_counter()
             for row in step.rows(absent):
-                row["disturbed"] = machine.disturbed(row["contention"])
-                if row["disturbed"] and strict:
+                if "contention" in row:  # something was timed
+                    row["disturbed"] = machine.disturbed(row["contention"])
+                if row.get("disturbed") and strict:
                     raise Disturbed(f"{row['case']}, {row['mode']}: {_others(row['contention'])}")
                 report["results"].append(row)
                 shown.row(row)
@@ -147,7 +149,7 @@ def run(
         report["absent"] = _summed_up(absent)
         if device == "cuda":
             description["gpu"]["clocks_at_end"] = card()["clocks"]
-        busy = sum(row["disturbed"] for row in report["results"])
+        busy = sum(row.get("disturbed", False) for row in report["results"])
         if busy:
             shown.note(f"Others used the machine during {busy} of {len(report['results'])} measurements: see the end.")
     shown.finish(report)

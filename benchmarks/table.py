@@ -133,6 +133,14 @@ def experiment_row(row: dict) -> list[str]:
     return [row["case"], row["mode"], "{:+.0%} ({:+.0%} to {:+.0%})".format(change["median"], *change["interval"])]
 
 
+ACCURACY_HEAD = ["values", "exact norm", "torch", "fastclip", "torch is off by", "fastclip is off by"]
+
+
+def accuracy_row(row: dict) -> list[str]:
+    norms = [row["exact"], *row["norms"].values()]
+    return [row["case"], *(f"{norm:.6g}" for norm in norms), *(f"{error:.0e}" for error in row["norm_error"].values())]
+
+
 STEP_HEAD = ["model", "", "step without clipping", "torch clips in", "fastclip clips in", "share with torch", "share with fastclip"]
 STEP_NOTE = (
     "Whole training steps on the CPU: forward, backward, clipping, fused AdamW; torch and fastclip clip in turn. Share: "
@@ -161,6 +169,7 @@ def tables(report: dict) -> list[Table]:
     ]
     rivals = [line for row in results.of_part(report, "models") for line in rival_rows(row)]
     kinds = [
+        ("accuracy", "Norms", ACCURACY_HEAD, accuracy_row, ""),
         ("limits", "The kernel against its limits", LIMIT_HEAD, limit_row, ""),
         ("experiments", "What was tried", EXPERIMENT_HEAD, experiment_row, ""),
         ("optim", "Clipping inside the optimizer's step", OPTIM_HEAD, optim_row, OPTIM_NOTE),

@@ -162,7 +162,8 @@ def fill(text: str, figures: Figures) -> str:
 
     def replace(marker: re.Match) -> str:
         made = figures.text(marker[1])
-        return f"<!-- fig: {marker[1]} -->{chr(10) + made if marker[2].startswith(chr(10)) else made}<!-- end -->"
+        name = " ".join(marker[1].split())
+        return f"<!-- fig: {name} -->{chr(10) + made if marker[2].startswith(chr(10)) else made}<!-- end -->"
 
     return MARKER.sub(replace, text)
 

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--budget", type=float, default=math.inf, metavar="S", help="start no new case after S seconds")
     one.add_argument("--strict", action="store_true", help="refuse to measure while others use the machine")
     one.add_argument("--list", action="store_true", help="name the cases and stop")
-    one.add_argument("--output", type=Path, default=Path("benchmarks/results/latest"), metavar="PREFIX", help=".json, .md")
+    one.add_argument("--output", type=Path, default=Path("benchmarks/results/latest"), metavar="PREFIX")
     one.add_argument("--merge", action="store_true", help="keep the parts that OUTPUT.json has and this run has not")
     two = commands.add_parser("report", help="an HTML page of one or several runs")
     two.add_argument("files", nargs="+", type=Path, metavar="a.json")
@@ -75,7 +75,8 @@ def _run(options: argparse.Namespace) -> int:
     if not fastclip.build_info()["native"]:
         print(f"fastclip's extension is missing: {fastclip.build_info()['missing_because']}", file=sys.stderr)
         return run.WRONG
-    parts = options.part or (run.CUDA_PARTS if options.device == "cuda" else run.QUICK_PARTS if options.quick else run.CPU_PARTS)
+    usual = run.CUDA_PARTS if options.device == "cuda" else run.QUICK_PARTS if options.quick else run.CPU_PARTS
+    parts = options.part or usual
     effort = Effort(options.quick, options.effort)
     steps, left_out = run.plan(parts, options.case, options.device, effort, options.threads)
     if options.list:
@@ -131,7 +132,7 @@ def _compare(options: argparse.Namespace) -> int:
     ]
     print(table.markdown(table.Table("", head, spelled)))
     slower = [c for c in changes if c.verdict == "slower"]
-    print(f"{len(slower)} of {len(changes)} cases got slower." if slower else f"None of {len(changes)} cases got slower.")
+    print(f"{len(slower) or 'None'} of {len(changes)} cases got slower.")
     return 1 if slower else 0
 
 

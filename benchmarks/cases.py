@@ -92,11 +92,12 @@ def _models() -> list[Case]:
 def _kinds() -> list[Case]:
     """Other dtypes, norms, and gradients that are not finite: GPT-2 small."""
     small = models.gpt2_small()
-    cases = [Case("kinds", f"GPT-2 small, {dtype}", small, dtype, modes=(*BOTH, NONFINITE)) for dtype in ("fp16", "mixed")]
-    cases += [Case("kinds", f"GPT-2 small, {dtype}, not finite", small, dtype, modes=(NONFINITE,)) for dtype in ("fp32", "bf16")]
+    found = [Case("kinds", f"GPT-2 small, {dtype}", small, dtype, (*BOTH, NONFINITE)) for dtype in ("fp16", "mixed")]
+    for dtype in ("fp32", "bf16"):
+        found.append(Case("kinds", f"GPT-2 small, {dtype}, not finite", small, dtype, (NONFINITE,)))
     for norm_type, name in ((1.0, "L1"), (float("inf"), "inf norm")):
-        cases.append(Case("kinds", f"GPT-2 small, fp32, {name}", small, "fp32", norm_type=norm_type))
-    return cases
+        found.append(Case("kinds", f"GPT-2 small, fp32, {name}", small, "fp32", norm_type=norm_type))
+    return found
 
 
 def _tensors() -> list[Case]:

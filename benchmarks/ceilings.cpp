@@ -1,6 +1,6 @@
 // What the machine can do at best: plain reads and read-writes of one buffer, in several ways, of which the fastest is
-// the ceiling; a plain clip of one buffer, in the ways that were tried; and a walk over the .grad of a list. Compiled for
-// the processor at hand.
+// the ceiling; a plain clip of one buffer, in the ways that were tried; and a walk over the .grad of a list. Compiled
+// for the processor at hand.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <omp.h>
@@ -18,9 +18,9 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int64_t kVec = 64;            // bytes
-constexpr int64_t kGap = 65536;         // between two streams, as in fastclip's kernels
-constexpr int64_t kShareAlign = 4096;   // shares begin at pages
+constexpr int64_t kVec = 64;           // bytes
+constexpr int64_t kGap = 65536;        // between two streams, as in fastclip's kernels
+constexpr int64_t kShareAlign = 4096;  // shares begin at pages
 using Word = uint64_t __attribute__((vector_size(kVec), aligned(kVec)));
 using Floats = float __attribute__((vector_size(kVec), aligned(kVec)));
 using Bits = uint32_t __attribute__((vector_size(kVec), aligned(kVec)));
@@ -123,9 +123,8 @@ uint64_t read_buffer(py::handle object, const std::string& way, bool alone) {
   const at::Tensor& buffer = tensor(object);
   std::vector<Partial> parts(at::get_num_threads());
   uint64_t any = 0;
-  shared(data(buffer), bytes(buffer), alone, [&](char* p, int64_t size, int64_t i) {
-    parts[i].value = static_cast<double>(one(p, size));
-  });
+  shared(data(buffer), bytes(buffer), alone,
+         [&](char* p, int64_t size, int64_t i) { parts[i].value = static_cast<double>(one(p, size)); });
   for (const Partial& part : parts) any |= part.value != 0;
   return any;
 }
@@ -150,7 +149,8 @@ struct Way {
   int ahead = 0;             // bytes that the sum prefetches ahead: 0, 512 or 4096
   bool backwards = false;    // the second pass begins where the first one ended
   bool nontemporal = false;  // the second pass writes past the cache
-  std::string region = "two";  // parallel regions: "two"; "one", with OpenMP's barrier in it; "spin", with one that spins
+  std::string region =
+      "two";  // parallel regions: "two"; "one", with OpenMP's barrier in it; "spin", with one that spins
 };
 
 template <bool kHalf>
@@ -324,8 +324,8 @@ int64_t make_table(py::list parameters) {
     const at::Tensor& grad = tensor(item).grad();
     if (!grad.defined()) continue;
     if (grad.layout() != at::kStrided || !grad.device().is_cpu() || !grad.is_contiguous()) return -1;
-    table.push_back({item.ptr(), grad.unsafeGetTensorImpl(), data(grad), static_cast<int64_t>(grad.nbytes()),
-                     grad.scalar_type()});
+    table.push_back(
+        {item.ptr(), grad.unsafeGetTensorImpl(), data(grad), static_cast<int64_t>(grad.nbytes()), grad.scalar_type()});
   }
   return static_cast<int64_t>(table.size());
 }

@@ -53,7 +53,7 @@ def is_a_card() -> bool:
 def card() -> dict:
     """Name, memory, clocks and temperature of the card: what nvidia-smi says, or that it says nothing."""
     properties = torch.cuda.get_device_properties(0)
-    asked = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
+    asked = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", "-i", "0"],

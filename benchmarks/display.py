@@ -42,7 +42,11 @@ class Rich:
 
         self.console = Console(stderr=True)
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self.console
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
         )
         self.task = self.progress.add_task("", total=steps)
         self.latest: deque[list[str]] = deque(maxlen=SHOWN)
@@ -66,8 +70,8 @@ class Rich:
 
     def row(self, row: dict) -> None:
         ours = row.get("median_us", {}).get(row.get("ours"))
-        speedup = table.times(row["speedup"]) if "speedup" in row else ""
-        self.latest.append([row["part"], row["case"], row["mode"], "" if ours is None else table.duration(ours), speedup])
+        shown = [row["part"], row["case"], row["mode"], "" if ours is None else table.duration(ours)]
+        self.latest.append([*shown, table.times(row["speedup"]) if "speedup" in row else ""])
         self._show()
 
     def _show(self) -> None:
@@ -110,5 +114,3 @@ def choose(steps: int) -> Plain | Rich:
         return Rich(steps)
     except ImportError:
         return Plain(steps)
-
-

@@ -1,4 +1,4 @@
-"""Puts every measured figure into README.md and docs: ``python -m benchmarks.docs_figures [--check]``, make docs-figures.
+"""Puts every measured figure into README.md and docs: make docs-figures, `python -m benchmarks.docs_figures --check`.
 
 The figures come from benchmarks/results/cpu.json and instructions.json. In the Markdown a figure stands between
 ``<!-- fig: NAME | ARGUMENT | ... -->`` and ``<!-- end -->``, in a line or as a block; NAME is a function below. Charts
@@ -102,14 +102,16 @@ class Figures:
         lines = []
         for row in self.report["results"]:
             if "aim" in row and row["aim"]["reached"]["median"] < row["aim"]["speedup"]:
-                over, wanted = row["aim"]["over"], row["aim"]["speedup"]
-                over = "plain calls" if over == "plain" else over
-                lines.append(f"{row['case']}, {row['mode']}: {table.times(row['aim']['reached'])} over {over}, aim {wanted:.2g}x")
+                over = "plain calls" if row["aim"]["over"] == "plain" else row["aim"]["over"]
+                missed = f"{table.times(row['aim']['reached'])} over {over}, aim {row['aim']['speedup']:.2g}x"
             elif "aim_us" in row and row["overhead_us"]["median"] > row["aim_us"]:
-                lines.append(f"{row['case']}, {row['mode']}: {row['overhead_us']['median']:+.1f} us, aim {row['aim_us']:g} us")
+                missed = f"{row['overhead_us']['median']:+.1f} us, aim {row['aim_us']:g} us"
             elif row.get("met") is False:
                 _, _, value, wanted, _ = table.limit_row(row)
-                lines.append(f"{row['case']}, {row['mode']}: {value}, aim {wanted}")
+                missed = f"{value}, aim {wanted}"
+            else:
+                continue
+            lines.append(f"{row['case']}, {row['mode']}: {missed}")
         return "".join(f"- {line}\n" for line in lines) or "None: every aim was reached.\n"
 
     def not_faster(self) -> str:
@@ -158,7 +160,7 @@ def _only(report: dict, **wanted: str) -> dict:
 
 
 def fill(text: str, figures: Figures) -> str:
-    """The Markdown with all its figures; a marker that stood over several lines gets a block, others stay in the line."""
+    """The Markdown with all its figures: a block where the marker's end stands on another line."""
 
     def replace(marker: re.Match) -> str:
         made = figures.text(marker[1])

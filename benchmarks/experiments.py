@@ -1,7 +1,7 @@
 """What was tried to make clipping faster, each against the same thing without it: part ``experiments``.
 
-They are variations of a plain clip of one buffer (ceilings.cpp), so that one thing changes at a time and the next reader
-can try it on another machine.
+They are variations of a plain clip of one buffer (ceilings.cpp), so that one thing changes at a time and the next
+reader can try it on another machine.
 """
 
 import functools
@@ -16,16 +16,17 @@ from benchmarks.measure import Contestant, Effort, Times, paired
 
 PART = "experiments"
 SIZES = [("498 MB", models.gpt2_small()), ("23 MB", models.lstm_text_model()), ("1 MB", [(2**14,)] * 16)]
+BACK = {"backwards": True}
 
 # What is changed, in which mode it shows, and the options of plain_clip: of the variation, and of what it varies.
 VARIATIONS = [
     ("two forward streams in a thread instead of one", UNCLIPPED, {"streams": 2}, {}),
     ("prefetch 512 bytes ahead", UNCLIPPED, {"ahead": 512}, {}),
     ("prefetch 4,096 bytes ahead", UNCLIPPED, {"ahead": 4096}, {}),
-    ("second pass backwards", CLIPPED, {"backwards": True}, {}),
-    ("non-temporal stores in the second pass", CLIPPED, {"nontemporal": True, "backwards": True}, {"backwards": True}),
-    ("one parallel region with OpenMP's barrier", CLIPPED, {"region": "one", "backwards": True}, {"backwards": True}),
-    ("one parallel region with a spinning barrier", CLIPPED, {"region": "spin", "backwards": True}, {"backwards": True}),
+    ("second pass backwards", CLIPPED, BACK, {}),
+    ("non-temporal stores in the second pass", CLIPPED, {"nontemporal": True, **BACK}, BACK),
+    ("one parallel region with OpenMP's barrier", CLIPPED, {"region": "one", **BACK}, BACK),
+    ("one parallel region with a spinning barrier", CLIPPED, {"region": "spin", **BACK}, BACK),
 ]
 
 
@@ -89,4 +90,5 @@ def cached_table(count: int, elements: int, effort: Effort) -> Iterator[dict]:
         "validated": Contestant(lambda: native.validate_table(parameters), check=expect),
     }
     times = paired(contestants, 1.0, effort, calls=20)
-    yield row("pointer table kept and validated instead of made anew", f"{count:,} tensors", times, "validated", "made anew")
+    change = "pointer table kept and validated instead of made anew"
+    yield row(change, f"{count:,} tensors", times, "validated", "made anew")

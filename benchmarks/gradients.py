@@ -69,7 +69,7 @@ class Gradients:
             for position in (offset, offset + math.prod(shape) - 1)
         ]
         size = len(self.buffers[dtype])
-        chosen = ends[:: max(1, 2 * len(ends) // PROBES)] + [ends[-1]]
+        chosen = [*ends[:: max(1, 2 * len(ends) // PROBES)], ends[-1]]
         drawn = torch.randint(size, (PROBES // 2,), generator=torch.Generator().manual_seed(1))
         return torch.cat([torch.tensor(chosen), drawn]).to(self.buffers[dtype].device)
 

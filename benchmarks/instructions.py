@@ -28,10 +28,10 @@ CASES = [
     Case("instructions", "LSTM text model, fp32", models.lstm_text_model(), "fp32"),
     Case("instructions", "LSTM text model, bf16", models.lstm_text_model(), "bf16"),
 ]
-HEAD = ["case", "", "who", "instructions a call", "for each tensor", "for each byte", "bytes read, times N", "written, times N"]
+HEAD = ["case", "", "who", "instructions", "a tensor", "a byte", "bytes read, times N", "written, times N"]
 NOTE = (
-    "Counted by callgrind for one thread with AVX2, its last-level cache of 4 MB; N: bytes of all gradients. Lists that fit "
-    "this cache move no bytes worth counting."
+    "One call, counted by callgrind on one thread with AVX2 and a last-level cache of 4 MB; N: bytes of all gradients. "
+    "Lists that fit this cache move no bytes worth counting."
 )
 
 
@@ -75,8 +75,9 @@ def read_dumps(folder: Path) -> dict[str, dict[str, int]]:
         events = re.search(r"^events: (.+)$", text, re.MULTILINE)
         totals = re.search(r"^(?:totals|summary): (.+)$", text, re.MULTILINE)
         if label and events and totals:
-            numbers = [int(number) for number in totals[1].split()]
-            counts[label[1].strip()] = dict.fromkeys(events[1].split(), 0) | dict(zip(events[1].split(), numbers, strict=False))
+            names, numbers = events[1].split(), map(int, totals[1].split())
+            # Zeros at the end are not written.
+            counts[label[1].strip()] = dict.fromkeys(names, 0) | dict(zip(names, numbers, strict=False))
     return counts
 
 

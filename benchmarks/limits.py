@@ -27,7 +27,7 @@ SIX_TENSORS_US = 4.0
 def limit(case: str, mode: str, value: dict, unit: str, aim: float, times: Times, higher: bool = True) -> dict:
     """A row: what was measured, its aim, and whether the aim was reached."""
     reached = value["median"] >= aim if higher else value["median"] <= aim
-    names = list(times.samples)
+    figures = summary(times, *list(times.samples)[:2])
     return {
         "part": PART,
         "case": case,
@@ -37,7 +37,7 @@ def limit(case: str, mode: str, value: dict, unit: str, aim: float, times: Times
         "aim_value": aim,
         "higher_is_better": higher,
         "met": reached,
-        **{k: v for k, v in summary(times, names[0], names[1]).items() if k in ("median_us", "samples_us", "contention")},
+        **{figure: figures[figure] for figure in ("median_us", "samples_us", "contention")},
     }
 
 
@@ -88,7 +88,8 @@ def against_ceilings(dtype: str, effort: Effort) -> Iterator[dict]:
             contestants |= {name: with_kernels(name, clip(gradients)) for name in ("avx512", "avx2")}
         times = paired(contestants, 3.0, effort)
         name = f"{gradients.case.name}: of the ceiling"
-        yield limit(name, mode, times.ratio(CEILING, rivals.FASTCLIP), "%", OF_READ if mode == UNCLIPPED else OF_CLIP, times)
+        wanted = OF_READ if mode == UNCLIPPED else OF_CLIP
+        yield limit(name, mode, times.ratio(CEILING, rivals.FASTCLIP), "%", wanted, times)
         if several:
             name = f"{gradients.case.name}: AVX2, of AVX-512's speed"
             yield limit(name, mode, times.ratio("avx512", "avx2"), "%", OF_AVX512, times)
@@ -108,7 +109,8 @@ def against_plain_loops(effort: Effort) -> Iterator[dict]:
             calls = 20 if gradients.case.bytes <= 1 << 20 else 1
             times = paired({rivals.FASTCLIP: clip(gradients), "plain loop": loop}, 1.0, effort, calls=calls)
             value = times.ratio(rivals.FASTCLIP, "plain loop")
-            yield limit(f"{name}: time of a plain loop over one buffer", mode, value, "x", OVER_PLAIN_LOOP, times, False)
+            what = f"{name}: time of a plain loop over one buffer"
+            yield limit(what, mode, value, "x", OVER_PLAIN_LOOP, times, higher=False)
 
 
 def against_walking(effort: Effort) -> Iterator[dict]:
@@ -200,8 +202,9 @@ def under_contention(effort: Effort) -> Iterator[dict]:
                     key = f"{name}, {'busy' if busy else 'quiet'}"
                     contestants[key] = Contestant(contestant.call, prepare, contestant.check)
             times = paired(contestants, 5.0, effort)
+            samples = times.samples
             slower = {
-                name: [b / q for b, q in zip(times.samples[f"{name}, busy"], times.samples[f"{name}, quiet"], strict=True)]
+                name: [b / q for b, q in zip(samples[f"{name}, busy"], samples[f"{name}, quiet"], strict=True)]
                 for name in (rivals.TORCH, rivals.FASTCLIP)
             }
             value = stats.ratio(slower[rivals.TORCH], slower[rivals.FASTCLIP])

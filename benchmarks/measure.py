@@ -225,12 +225,12 @@ def ceiling(gradients: Gradients, mode: str, clock: CpuClock | CudaClock) -> tup
     tries = 3 if flat.nbytes < 1 << 28 else 1
     ways = ceilings.reads(flat)
     way = ceilings.fastest(ways, seconds, tries)
-    reads = [ceilings.reads(buffer).get(way) or ceilings.reads(buffer)["torch.sum"] for buffer in buffers]
+    reads = [ceilings.reads(buffer)[way] for buffer in buffers]
     if mode == UNCLIPPED:
         return way, _all(reads)
     ways = ceilings.read_writes(flat)
     second = ceilings.fastest(ways, seconds, tries)
-    writes = [ceilings.read_writes(buffer).get(second) or ceilings.read_writes(buffer)["torch.mul_"] for buffer in buffers]
+    writes = [ceilings.read_writes(buffer)[second] for buffer in buffers]
     return f"{way}; {second}", _all([*reads, *writes])
 
 
@@ -243,5 +243,3 @@ def _all(calls: list[Callable]) -> Callable:
             call()
 
     return run
-
-

@@ -1,7 +1,7 @@
 """Parameter shapes of real models, computed from their published configurations.
 
-``tests/test_benchmarks.py`` compares the counts with the published ones. Shapes are those of the gradients, in the order
-of ``model.parameters()``; where a matrix stands transposed does not matter for clipping.
+``tests/test_benchmarks.py`` compares the counts with the published ones. Shapes are those of the gradients, in the
+order of ``model.parameters()``; where a matrix stands transposed does not matter for clipping.
 """
 
 from collections.abc import Sequence

@@ -151,7 +151,9 @@ def bars(axes, data: dict, label: str, mark: float | None = None, number: str = 
         places = [cases.index(case) + (i + 0.5) * height - 0.4 for case in values]
         medians = [value[0] for value in values.values()]
         spans = [[v[0] - v[1] for v in values.values()], [v[2] - v[0] for v in values.values()]]
-        axes.barh(places, medians, height * 0.9, xerr=spans, label=name, color=SERIES[i % len(SERIES)], ecolor=INK, capsize=2)
+        axes.barh(
+            places, medians, height * 0.9, xerr=spans, label=name, color=SERIES[i % len(SERIES)], ecolor=INK, capsize=2
+        )
         for place, value in zip(places, values.values(), strict=True):
             axes.text(value[2] + largest * 0.01, place, number.format(value[0]), va="center", fontsize=8)
     if mark is not None:

@@ -1,4 +1,4 @@
-"""Who else clips: torch in its several ways, apex, TransformerEngine. Those that are absent are named, with a reason."""
+"""Who else clips: torch in its several ways, apex, TransformerEngine. The absent ones are named, with a reason."""
 
 import functools
 import importlib

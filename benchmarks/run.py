@@ -71,7 +71,8 @@ def fit(case: Case, device: str, quick: bool) -> tuple[Case, list[str]]:
         if quick and (case.bytes > QUICK_BYTES or len(case.shapes) > QUICK_TENSORS):
             left_out.append(f"{case.name}, {mode}: too large for --quick")
         elif needed + ROOM > free:
-            left_out.append(f"{case.name}, {mode}: needs {needed / 1e9:.1f} GB, {max(0, free - ROOM) / 1e9:.1f} GB are free")
+            room = max(0, free - ROOM)
+            left_out.append(f"{case.name}, {mode}: needs {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB are free")
         else:
             modes.append(mode)
     return dataclasses.replace(case, modes=tuple(modes)), left_out

@@ -79,6 +79,7 @@ def aim(row: dict) -> str:
     return f"<= {1 / wanted:g} x {row['aim']['over']}: {1 / reached:.2f}"
 
 
+RIVAL_NOTE = "Memory: by how much the process grew at most during a call."
 RIVAL_HEAD = ["case", "", "contestant", "time", "fastclip is faster by", "memory"]
 
 
@@ -91,7 +92,8 @@ def rival_rows(row: dict) -> list[list[str]]:
             continue
         speedup = times(stats.ratio(row["samples_us"][name], row["samples_us"][row["ours"]]))
         peak = row["memory_peak"].get(name)
-        rows.append([row["case"], row["mode"], name, duration(row["median_us"][name]), speedup, "" if peak is None else size(peak)])
+        took = duration(row["median_us"][name])
+        rows.append([row["case"], row["mode"], name, took, speedup, "" if peak is None else size(peak)])
     return rows
 
 
@@ -141,10 +143,18 @@ def accuracy_row(row: dict) -> list[str]:
     return [row["case"], *(f"{norm:.6g}" for norm in norms), *(f"{error:.0e}" for error in row["norm_error"].values())]
 
 
-STEP_HEAD = ["model", "", "step without clipping", "torch clips in", "fastclip clips in", "share with torch", "share with fastclip"]
+STEP_HEAD = [
+    "model",
+    "",
+    "rest of the step",
+    "torch clips in",
+    "fastclip clips in",
+    "torch's share",
+    "fastclip's share",
+]
 STEP_NOTE = (
-    "Whole training steps on the CPU: forward, backward, clipping, fused AdamW; torch and fastclip clip in turn. Share: "
-    "of the step with its clipping."
+    "Whole training steps on the CPU: forward, backward, clipping, fused AdamW; torch and fastclip clip in turn. "
+    "Share: of the step with its clipping."
 )
 
 
@@ -175,7 +185,7 @@ def tables(report: dict) -> list[Table]:
         ("optim", "Clipping inside the optimizer's step", OPTIM_HEAD, optim_row, OPTIM_NOTE),
         ("end-to-end", "Share of a training step", STEP_HEAD, step_row, STEP_NOTE),
     ]
-    found.append(Table("All contestants", RIVAL_HEAD, grouped(rivals), "Memory: by how much the process grew at most in the first call."))
+    found.append(Table("All contestants", RIVAL_HEAD, grouped(rivals), RIVAL_NOTE))
     for part, title, head, to_row, note in kinds:
         found.append(Table(title, head, grouped([to_row(row) for row in results.of_part(report, part)]), note))
     return [table for table in found if table.rows]
@@ -189,7 +199,9 @@ def grouped(rows: list[list[str]]) -> list[list[str]]:
 def on_what(report: dict) -> str:
     """One sentence about the machine and the versions."""
     machine, build = report["machine"], report["fastclip"]
-    where = machine["gpu"]["name"] if machine.get("gpu") else f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
+    where = f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
+    if machine.get("gpu"):
+        where = machine["gpu"]["name"]
     return f"{where}; torch {build['torch']}, fastclip {build['version']} ({build['cpu_kernels']})."
 
 
@@ -197,7 +209,8 @@ def markdown(table: Table) -> str:
     """Padded columns, so that it reads well in a terminal too."""
     lines = [table.head, *table.rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    text = ["| " + " | ".join(cells) + " |" for cells in padded]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join([*text, *(["", table.note] if table.note else [])]) + "\n"
 
@@ -220,5 +233,3 @@ def asides(report: dict) -> list[tuple[str, list[str]]]:
     ]
     absent = [f"{name}: {why}" for name, why in report["absent"].items()]
     return [("Rivals that did not take part", absent), ("Left out", report["left_out"]), ("Disturbed by others", busy)]
-
-

@@ -1,8 +1,9 @@
 """The CPU kernel against what the machine can do: ceilings, instruction sets, plain loops, other processes."""
 
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -150,24 +151,21 @@ def _other_work() -> Callable[[], object]:
 # ---- while others use the cores ------------------------------------------------------------------------------------
 
 
-def _spin(core: int) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
-    while os.getppid() != 1:  # ends with its parent
-        for _ in range(10**6):
-            pass
+# Ends with its parent, whatever happens to that.
+SPIN = "import os\nwhile os.getppid() == {}:\n    for _ in range(10**6):\n        pass"
 
 
 class Spinners:
     """A process on each core that does nothing but spin; halted and continued by signals."""
 
     def __enter__(self) -> "Spinners":
-        context = multiprocessing.get_context("spawn")
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        self.processes = [context.Process(target=_spin, args=(core,), daemon=True) for core in cores]
-        for process in self.processes:
-            process.start()
-        time.sleep(2.0)  # until they have started
+        pinned = hasattr(os, "sched_setaffinity")
+        cores = sorted(os.sched_getaffinity(0)) if pinned else range(os.cpu_count() or 1)
+        self.processes = [subprocess.Popen([sys.executable, "-c", SPIN.format(os.getpid())]) for _ in cores]
+        if pinned:
+            for process, core in zip(self.processes, cores, strict=True):
+                os.sched_setaffinity(process.pid, {core})
+        time.sleep(0.3)  # until they have started
         self.busy = True
         self.set(False)
         return self
@@ -175,13 +173,15 @@ class Spinners:
     def __exit__(self, *_) -> None:
         for process in self.processes:
             process.kill()
-            process.join()
+            process.wait()
 
     def set(self, busy: bool) -> None:
         if busy != self.busy:
             self.busy = busy
             for process in self.processes:
                 os.kill(process.pid, signal.SIGCONT if busy else signal.SIGSTOP)
+                if not busy:
+                    os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # until it stands
             time.sleep(0.02)
 
 

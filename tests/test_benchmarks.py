@@ -15,6 +15,7 @@ from support import ROOT
 import fastclip
 from benchmarks import (
     cases,
+    ceilings,
     compare,
     docs_figures,
     limits,
@@ -197,11 +198,11 @@ def test_interval_is_the_same_every_time_and_holds_the_median(count):
 
 
 def test_interval_covers():
-    """Of 200 samples with a known median about 95% have it inside their interval."""
+    """Of 100 samples with a known median about 95% have it inside their interval."""
     generator = torch.Generator().manual_seed(0)
-    intervals = [stats.interval(torch.randn(60, generator=generator).tolist()) for _ in range(200)]
+    intervals = [stats.interval(torch.randn(60, generator=generator).tolist()) for _ in range(100)]
     inside = sum(low <= 0 <= high for low, high in intervals)
-    assert 175 <= inside <= 199
+    assert 85 <= inside <= 99
 
 
 def test_interval_is_wider_where_rounds_resemble_their_neighbours():
@@ -215,9 +216,17 @@ def test_interval_is_wider_where_rounds_resemble_their_neighbours():
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_compiler():
+    """Compiling ceilings.cpp takes half a minute; `make bench ARGS=--quick` does that. Here torch's reads will do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ceilings, "native", lambda: "left out by the tests")
+        yield
+
+
 @pytest.fixture(scope="module")
-def quick_run(tmp_path_factory):
-    """A real run of three small cases."""
+def quick_run(tmp_path_factory, no_compiler):
+    """A real run of two small cases."""
     folder = tmp_path_factory.mktemp("run")
     arguments = [
         "run",
@@ -244,6 +253,7 @@ def test_run_writes_json_and_markdown(quick_run):
         assert set(row["samples_us"]) >= {"torch", "fastclip", "torch for-loop", "list", "ceiling"}
         assert all(len(samples) == row["rounds"] for samples in row["samples_us"].values())
         assert row["norm_error"]["fastclip"] <= 1e-6
+    assert "ceilings in C++: left out by the tests" in report["left_out"]
     assert report["machine"]["threads"] == 2 and report["fastclip"]["native"]
     assert {"apex", "TransformerEngine"} <= {name.split(",")[0] for name in report["absent"]} or rivals._module("apex")
     assert "| RL policy, fp32" in (quick_run / "new.md").read_text()
@@ -314,7 +324,7 @@ def test_no_gpu_time_without_a_card(tmp_path, monkeypatch, capsys):
 def test_budget_names_what_it_does_not_reach():
     steps, _ = run.plan(["models"], "RL", "cpu", measure.Effort(quick=True), 2)
     report = run.run(steps, [], "cpu", measure.Effort(quick=True), 2, budget=-1)
-    assert not report["results"] and len(report["left_out"]) == 2
+    assert not report["results"] and sum("--budget" in line for line in report["left_out"]) == 2
 
 
 def test_list(capsys):
@@ -343,7 +353,7 @@ def test_spinners_spin_only_when_they_should():
         spinners.set(True)
         running = [state_of(pid) for pid in pids]
     assert states == ["T"] * len(pids) and all(state != "T" for state in running)
-    assert all(not process.is_alive() for process in spinners.processes)
+    assert all(process.poll() is not None for process in spinners.processes)
 
 
 def state_of(pid):

@@ -37,7 +37,7 @@ class Case:
     modes: tuple[str, ...] = BOTH
     norm_type: float = 2.0
     threads: int | None = None
-    seconds: float = 2.0
+    seconds: float = 1.5
     rivals: bool = False
     aims: Mapping[str, Aim] = field(default_factory=dict)
 
@@ -70,8 +70,8 @@ def _model(name: str, shapes: Shapes, dtype: str, **options) -> Case:
 def _models() -> list[Case]:
     """The first five have aims: they are measured longest."""
     small, policy = models.gpt2_small(), models.rl_policy()
-    main = {"seconds": 6.0, "rivals": True}
-    other = {"seconds": 2.5, "rivals": True}
+    main = {"seconds": 5.0, "rivals": True}
+    other = {"seconds": 2.0, "rivals": True}
     return [
         _model("GPT-2 small", small, "fp32", aims=_aims(3.0, 1.3), **main),
         _model("GPT-2 small", small, "bf16", aims=_aims(4.0, 2.0), **main),

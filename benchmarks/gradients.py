@@ -13,7 +13,7 @@ ALIGN = 64  # bytes: where torch's allocator begins a tensor on the CPU
 POOL = 1 << 22  # elements: random numbers are drawn once and repeated
 CHUNK = 1 << 18  # elements: their float64 copies fit the cache, and malloc keeps the memory
 PROBES = 512  # elements looked at after every timed call
-WHOLE = 1 << 25  # elements looked at after the first call; of more, chunks at even distances
+WHOLE = 1 << 24  # elements looked at after the first call; of more, chunks at even distances
 RIVAL_TOLERANCE = 0.05  # torch's float32 norm is 1e-3 off for large models, its bfloat16 norm has 8 bits
 
 
@@ -77,9 +77,14 @@ class Gradients:
         """In float64, over chunks. The values are far from its limits."""
         order, total = self.case.norm_type, 0.0
         for buffer in self.buffers.values():
+            wide = torch.empty(CHUNK, dtype=torch.float64, device=buffer.device)
             for chunk in buffer.split(CHUNK):
-                part = float(torch.linalg.vector_norm(chunk.double(), order))
-                total = max(total, part) if math.isinf(order) else total + part**order
+                part = wide[: len(chunk)].copy_(chunk)
+                if order == 2:  # several times faster than vector_norm
+                    total += float(torch.dot(part, part))
+                else:
+                    one = float(torch.linalg.vector_norm(part, order))
+                    total = max(total, one) if math.isinf(order) else total + one**order
         return total if math.isinf(order) else total ** (1 / order)
 
     # ---- one mode --------------------------------------------------------------------------------------------------
@@ -121,12 +126,12 @@ class Gradients:
         pairs = ((buffer[self.probes[d]].double(), self.before[d], d) for d, buffer in self.buffers.items())
         self._check(name, norm, exact, pairs)
 
-    def check_whole(self, name: str, norm: torch.Tensor, exact: bool) -> float:
-        """The same for all elements. Returns the largest error, relative to the largest clipped gradient."""
-        return self._check(name, norm, exact, self._chunks())
+    def check_whole(self, name: str, norm: torch.Tensor, exact: bool, most: int = WHOLE) -> float:
+        """The same for up to ``most`` elements. Returns the largest error, relative to the largest clipped gradient."""
+        return self._check(name, norm, exact, self._chunks(most))
 
-    def _chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.dtype]]:
-        step = -(-self.case.elements // WHOLE)
+    def _chunks(self, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.dtype]]:
+        step = -(-self.case.elements // most)
         for dtype, buffer in self.buffers.items():
             saved = self.saved.get(dtype)
             for i in range(0, -(-len(buffer) // CHUNK), step):

@@ -18,7 +18,7 @@ from benchmarks.measure import Effort, run_mode
 CASE_PARTS = ("models", "kinds", "tensors", "bytes", "threads")
 CPU_PARTS = (*CASE_PARTS, "accuracy", "limits", "experiments", "optim", "end-to-end")
 CUDA_PARTS = ("models", "kinds", "tensors", "optim")
-QUICK_PARTS = (*CASE_PARTS, "limits", "optim")
+QUICK_PARTS = ("models", "kinds", "tensors", "bytes", "accuracy", "limits", "optim")
 QUICK_BYTES, QUICK_TENSORS = 300 << 20, 20_000  # --quick leaves out what takes longer to make than to measure
 ROOM = 2 << 30  # bytes of memory that stay free
 

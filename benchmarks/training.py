@@ -126,9 +126,9 @@ def measure(effort: Effort) -> Iterator[dict]:
         rest: dict = {(mode, who): [] for mode in BOTH for who in clips}
         clipping: dict = {key: [] for key in rest}
         contention = machine.Contention()
-        end = time.perf_counter() + effort.seconds(20.0)
+        end = time.perf_counter() + effort.seconds(15.0)
         order, number = list(rest), 0
-        while number <= effort.least_rounds or time.perf_counter() < end:
+        while number <= effort.least_rounds() or time.perf_counter() < end:
             for key in order:
                 mode, who = key
                 start = time.perf_counter()

@@ -103,7 +103,7 @@ class Figures:
         for row in self.report["results"]:
             if "aim" in row and row["aim"]["reached"]["median"] < row["aim"]["speedup"]:
                 over = "plain calls" if row["aim"]["over"] == "plain" else row["aim"]["over"]
-                missed = f"{table.times(row['aim']['reached'])} over {over}, aim {row['aim']['speedup']:.2g}x"
+                missed = f"{table.times(row['aim']['reached'])} over {over}, aim {row['aim']['speedup']:g}x"
             elif "aim_us" in row and row["overhead_us"]["median"] > row["aim_us"]:
                 missed = f"{row['overhead_us']['median']:+.1f} us, aim {row['aim_us']:g} us"
             elif row.get("met") is False:

@@ -89,6 +89,9 @@ def _run(options: argparse.Namespace) -> int:
     old = results.load(json_file) if options.merge and json_file.exists() else None
     try:
         report = run.run(steps, left_out, options.device, effort, options.threads, options.strict, options.budget)
+    except KeyboardInterrupt:
+        print("Interrupted. Nothing was written.", file=sys.stderr)
+        return 130
     except run.Disturbed as disturbed:
         print(f"--strict: {disturbed}. Nothing was written.", file=sys.stderr)
         return run.REFUSED
@@ -133,6 +136,9 @@ def _compare(options: argparse.Namespace) -> int:
     print(table.markdown(table.Table("", head, spelled)))
     slower = [c for c in changes if c.verdict == "slower"]
     print(f"{len(slower) or 'None'} of {len(changes)} cases got slower.")
+    disturbed = [c.name for c in slower if c.disturbed]
+    if disturbed:
+        print(f"Others used the machine while these were measured, measure them again: {'; '.join(disturbed)}")
     return 1 if slower else 0
 
 

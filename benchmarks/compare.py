@@ -15,6 +15,7 @@ class Change:
     name: str
     old: list[float]  # median, low, high
     new: list[float]
+    disturbed: bool = False  # in one of the runs: the interval knows nothing of the other run's neighbours
 
     @property
     def factor(self) -> float:
@@ -46,7 +47,12 @@ def compare(old: dict, new: dict, absolute: bool = False) -> tuple[list[Change],
     for one, other, which in ((before, after, "old"), (after, before, "new")):
         notes += [f"only in the {which} run: {_name(row)}" for key, row in one.items() if key not in other]
     changes = [
-        Change(_name(row), figure(before[key], absolute), figure(row, absolute))
+        Change(
+            _name(row),
+            figure(before[key], absolute),
+            figure(row, absolute),
+            bool(before[key].get("disturbed") or row.get("disturbed")),
+        )
         for key, row in after.items()
         if key in before
     ]

@@ -43,8 +43,10 @@ def contestants(gradients: Gradients, all_of_them: bool, quick: bool) -> tuple[d
 def _compiled(gradients: Gradients, quick: bool) -> Callable | str:
     """torch's formula, compiled: torch.compile of clip_grad_norm_ itself would leave its graph for .grad."""
     count = len(gradients.grads)
-    if quick or not gradients.case.aims:
-        return "left out but for the models with aims: compiling takes a quarter of a minute"
+    if quick:
+        return "left out by --quick: compiling takes a quarter of a minute"
+    if not gradients.case.aims:
+        return "takes part for the models with aims only: compiling takes a quarter of a minute"
     if gradients.grads[0].device.type == "cuda" and not is_a_card():
         return "its kernels are machine code, which an emulated device does not run"
     if count > COMPILED_TENSORS and gradients.grads[0].device.type == "cpu":

@@ -403,6 +403,17 @@ def test_compare_exits_1_only_when_a_case_got_slower(files, fixture_report, caps
         assert said in capsys.readouterr().out
 
 
+def test_compare_names_what_was_disturbed(files, fixture_report, capsys):
+    slow = slowed(fixture_report, 3.0)
+    for row in slow["results"]:
+        row["disturbed"] = row["case"] == "LSTM text model, fp32"
+    for row in fixture_report["results"]:
+        row["disturbed"] = False
+    assert main(["compare", files("old.json", fixture_report), files("new.json", slow)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "measure them again: LSTM text model, fp32, unclipped" in last and "RL policy" not in last
+
+
 def test_compare_takes_a_slow_machine_for_what_it_is(fixture_report):
     slow = copy.deepcopy(fixture_report)
     for row in slow["results"]:

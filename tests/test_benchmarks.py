@@ -501,6 +501,23 @@ def test_docs_figures_are_up_to_date(capsys):
     assert docs_figures.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_docs_figures_check_writes_nothing(tmp_path, monkeypatch, fixture_report):
+    pytest.importorskip("matplotlib")
+    results.save(fixture_report, tmp_path / "cpu.json")
+    page, typed = tmp_path / "README.md", "<!-- fig: machine | cores -->1000<!-- end -->"
+    page.write_text(typed)
+    for name, value in {"ROOT": tmp_path, "RESULTS": tmp_path, "CHARTS": tmp_path / "figures"}.items():
+        monkeypatch.setattr(docs_figures, name, value)
+    monkeypatch.setattr(docs_figures, "pages", lambda: [page])
+    assert docs_figures.main(["--check"]) == 1
+    assert page.read_text() == typed and not (tmp_path / "figures").exists()
+    assert docs_figures.main([]) == 0 and "1000" not in page.read_text()
+    assert docs_figures.main(["--check"]) == 0
+    chart = tmp_path / "figures" / "tensors.svg"
+    chart.write_text(chart.read_text().replace("<!-- ", "<!-- 0", 1))
+    assert docs_figures.main(["--check"]) == 1
+
+
 def test_docs_figures_notice_a_typed_figure(fixture_report):
     figures = docs_figures.Figures(fixture_report, None)
     case = fixture_report["results"][0]["case"]

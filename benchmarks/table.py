@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks import results
+from benchmarks import results, stats
 
 CASE_PARTS = {
     "models": "Models",
@@ -84,8 +84,6 @@ RIVAL_HEAD = ["case", "", "contestant", "time", "fastclip is faster by", "memory
 
 
 def rival_rows(row: dict) -> list[list[str]]:
-    from benchmarks import stats
-
     rows = []
     for name in row["median_us"]:
         if name in (row["ours"], "list", "ceiling"):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 

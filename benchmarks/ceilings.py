@@ -4,6 +4,8 @@ They are compiled from ceilings.cpp when they are first used. Without a compiler
 """
 
 import functools
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,8 @@ def native():
     # Another torch, or another processor: another build.
     folder = BUILD / f"{torch.__version__}-{machine.instruction_sets()}"
     folder.mkdir(parents=True, exist_ok=True)
+    # Where ninja is, if it came with pip and this Python was not activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp"]
     try:
         return cpp_extension.load("fastclip_ceilings", [str(HERE / "ceilings.cpp")], flags, build_directory=str(folder))

@@ -289,6 +289,34 @@ def test_strict_refuses_a_busy_machine(tmp_path, monkeypatch, capsys):
     assert "The machine is busy (others use 1.5 cores" in capsys.readouterr().err
 
 
+@needs_native
+def test_strict_measures_again_and_then_refuses(monkeypatch):
+    tries = []
+
+    def rows(_):
+        tries.append(1)
+        yield {
+            "part": "models",
+            "case": "x",
+            "mode": CLIPPED,
+            "contention": {"others_cores": calm[len(tries)], "steal": 0},
+        }
+
+    step = [run.Step("models", "x", rows)]
+    monkeypatch.setattr(machine, "who_is_there", lambda: {"others_cores": 0.0, "steal": 0.0})
+    monkeypatch.setattr("benchmarks.display.Plain.finish", lambda *_: None)
+    calm = {1: 1.0, 2: 0.0}
+    report = run.run(step, [], "cpu", measure.Effort(), 2, strict=True)
+    assert len(tries) == 2 and [row["disturbed"] for row in report["results"]] == [False]
+    tries.clear()
+    calm = dict.fromkeys(range(1, 10), 1.0)
+    with pytest.raises(run.Disturbed, match="x, clipped: others use 1.0 cores"):
+        run.run(step, [], "cpu", measure.Effort(), 2, strict=True)
+    assert len(tries) == run.STRICT_TRIES
+    tries.clear()
+    assert run.run(step, [], "cpu", measure.Effort(), 2)["results"][0]["disturbed"] and len(tries) == 1
+
+
 def test_contention_is_the_work_of_others(monkeypatch):
     """In two seconds all cores worked for 3, this process for 1, and the hypervisor took 0.5."""
     tick = os.sysconf("SC_CLK_TCK")

@@ -310,7 +310,7 @@ def test_strict_measures_again_and_then_refuses(monkeypatch):
     assert len(tries) == 2 and [row["disturbed"] for row in report["results"]] == [False]
     tries.clear()
     calm = dict.fromkeys(range(1, 10), 1.0)
-    with pytest.raises(run.Disturbed, match="x, clipped: others use 1[.]0 cores"):
+    with pytest.raises(run.Disturbed, match=r"x, clipped: others use 1\.0 cores"):
         run.run(step, [], "cpu", measure.Effort(), 2, strict=True)
     assert len(tries) == run.STRICT_TRIES
     tries.clear()

@@ -9,17 +9,20 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from benchmarks import results
+from benchmarks import results, table
 
 # Stand-ins for colours: in the SVG they become CSS variables, which have one value for each theme.
 INK, FAINT, BACK = "#010203", "#040506", "#070809"
-SERIES = ["#0a0b0c", "#0d0e0f", "#101112", "#131415"]
+SERIES = ["#0a0b0c", "#0d0e0f", "#101112", "#131415", "#161718", "#191a1b", "#1c1d1e", "#222324"]
 VARIABLES = {INK: "--ink", FAINT: "--faint", BACK: "--back", **{c: f"--series{i + 1}" for i, c in enumerate(SERIES)}}
 LIGHT = {"--ink": "#1f2328", "--faint": "#d1d9e0", "--back": "#ffffff"}
 DARK = {"--ink": "#e6edf3", "--faint": "#3d444d", "--back": "#0d1117"}
-# Blue, orange, green, purple: told apart also without red and green, dark enough on white, light enough on black.
+# Blue, orange, green, purple: told apart also without red and green, dark enough on white, light enough on black. The
+# paler four are for a second run beside the first.
 LIGHT |= {"--series1": "#0969da", "--series2": "#bc4c00", "--series3": "#1a7f37", "--series4": "#8250df"}
+LIGHT |= {"--series5": "#7cc0ff", "--series6": "#f0a875", "--series7": "#7fcf95", "--series8": "#c9aef5"}
 DARK |= {"--series1": "#58a6ff", "--series2": "#f0883e", "--series3": "#3fb950", "--series4": "#bc8cff"}
+DARK |= {"--series5": "#1f5a9e", "--series6": "#9a5524", "--series7": "#23752f", "--series8": "#6f4fa8"}
 
 STYLE = {
     "svg.fonttype": "none",
@@ -244,8 +247,14 @@ def threads_chart(reports: list[Named], alone: bool = False) -> str:
 
 
 def memory_chart(reports: list[Named], alone: bool = False) -> str:
+    """Of the cases in which somebody takes a megabyte; a sentence where nobody does."""
+    peaks = memory_peaks(reports)
+    largest = max((peak for cases in peaks.values() for peak in cases.values()), default=0)
+    if largest < 1e6:
+        return f"<p>Nobody makes the process grow by more than {table.size(largest)} during a call.</p>"
+    shown = {case for cases in peaks.values() for case, peak in cases.items() if peak >= 1e6}
     data = {
-        who: {case: [peak / 1e6] * 3 for case, peak in cases.items()} for who, cases in memory_peaks(reports).items()
+        who: {case: [peak / 1e6] * 3 for case, peak in cases.items() if case in shown} for who, cases in peaks.items()
     }
     paint = lambda axes, d: bars(axes, d, "MB by which the process grows at most", number="{:.2g}")  # noqa: E731
     return draw("Peak of memory", data, paint, (8, height_of(data)), alone)

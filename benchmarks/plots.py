@@ -65,7 +65,8 @@ def svg(figure, name: str, alone: bool) -> str:
     text = text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
     if alone:
         # A ground of its own: the page around it may be light where the reader prefers dark.
-        themes = f":root {{ background: var(--back); {css(LIGHT)} }} @media (prefers-color-scheme: dark) {{ :root {{ {css(DARK)} }} }}"
+        themes = f":root {{ background: var(--back); {css(LIGHT)} }} "
+        themes += f"@media (prefers-color-scheme: dark) {{ :root {{ {css(DARK)} }} }}"
         text = re.sub(r"(<svg [^>]*>)", rf"\1<style>{themes}</style>", text, count=1)
     return text
 

@@ -17,7 +17,7 @@ from benchmarks.measure import Effort, run_mode
 
 CASE_PARTS = ("models", "kinds", "tensors", "bytes", "threads")
 CPU_PARTS = (*CASE_PARTS, "accuracy", "limits", "experiments", "optim", "end-to-end")
-CUDA_PARTS = ("models", "kinds", "tensors", "optim")
+CUDA_PARTS = ("models", "optim", "tensors", "kinds")  # what --budget may cut off comes last
 QUICK_PARTS = ("models", "kinds", "tensors", "bytes", "accuracy", "limits", "optim")
 QUICK_BYTES, QUICK_TENSORS = 300 << 20, 20_000  # --quick leaves out what takes longer to make than to measure
 ROOM = 2 << 30  # bytes of memory that stay free
@@ -41,7 +41,7 @@ class Disturbed(Exception):
 
 
 def plan(parts: list[str], text: str, device: str, effort: Effort, threads: int) -> tuple[list[Step], list[str]]:
-    """The steps of a run, and the cases that are left out, with the reason."""
+    """The steps of a run in the order of the parts, and the cases that are left out, with the reason."""
     steps, left_out = [], []
     for case in cases(threads):
         if case.part in parts and text.lower() in case.name.lower():
@@ -58,7 +58,7 @@ def plan(parts: list[str], text: str, device: str, effort: Effort, threads: int)
     }
     # These are chosen by --part; --case, which means cases, takes them by the part's name.
     steps += [Step(part, part, rows) for part, rows in whole.items() if part in parts and text.lower() in part]
-    return steps, left_out
+    return sorted(steps, key=lambda step: parts.index(step.part)), left_out
 
 
 def fit(case: Case, device: str, quick: bool) -> tuple[Case, list[str]]:

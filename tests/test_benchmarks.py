@@ -355,6 +355,11 @@ def test_budget_names_what_it_does_not_reach():
     assert not report["results"] and sum("--budget" in line for line in report["left_out"]) == 2
 
 
+def test_parts_run_in_the_order_of_their_list():
+    steps, _ = run.plan(["optim", "models"], "", "cpu", measure.Effort(quick=True), 1)
+    assert [step.part for step in steps] == ["optim", *["models"] * (len(steps) - 1)]
+
+
 def test_list(capsys):
     assert main(["--list", "--part", "models", "--part", "threads", "--threads", "1"]) == 0
     out = capsys.readouterr().out

@@ -1,6 +1,6 @@
 """The benchmark on a GPU, as tools/gpu.sh runs it: ``python -m benchmarks.gpu [arguments of run]``.
 
-It is ``python -m benchmarks run --device cuda`` that begins nothing after 120 seconds, written to build/gpu.json and .md.
+It is ``python -m benchmarks run --device cuda`` that begins nothing after 120 seconds, written to build/gpu.json, .md.
 ``--try-out`` shows that every contestant runs and is right, on small cases and without any times: an emulated device
 can do that too.
 """

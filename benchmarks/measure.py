@@ -120,7 +120,10 @@ def run_mode(
     gradients.set_mode(mode)
     calls, absent = rivals.contestants(gradients, case.rivals, effort.quick)
     first, failed = first_calls(calls, gradients, effort.whole)
-    contestants = {name: Contestant(calls[name], gradients.restore, _check(name, gradients)) for name in first}
+    contestants = {
+        name: Contestant(calls[name], gradients.restore, nothing if name in failed else _check(name, gradients))
+        for name in first
+    }
     contestants[rivals.LIST] = Contestant(lambda: [parameter.grad for parameter in gradients.parameters])
     way, move = ceiling(gradients, mode, clock)
     contestants[CEILING] = Contestant(move, gradients.restore)
@@ -194,6 +197,8 @@ def first_calls(
             if name == rivals.FASTCLIP:
                 raise
             failed[name] = f"wrong result: {wrong}"
+            if name == rivals.TORCH:  # it is what others are compared with, wrong or not
+                first[name] = dict.fromkeys(FIRST)
         except Exception as error:  # rivals fail in their own ways
             if name in (rivals.FASTCLIP, rivals.TORCH):
                 raise

@@ -65,7 +65,7 @@ def case_row(row: dict) -> list[str]:
         aim(row),
         f"{row['gb_per_s']:.1f}",
         share(row["of_ceiling"]),
-        f"{errors[row['plain']]:.0e} / {errors[row['ours']]:.0e}",
+        " / ".join("wrong" if errors[row[who]] is None else f"{errors[row[who]]:.0e}" for who in ("plain", "ours")),
     ]
 
 
@@ -80,18 +80,21 @@ def aim(row: dict) -> str:
 
 
 RIVAL_NOTE = "Memory: by how much the process grew at most during a call."
-RIVAL_HEAD = ["case", "", "contestant", "time", "fastclip is faster by", "memory"]
+RIVAL_HEAD = ["case", "", "contestant", "time", "host", "fastclip is faster by", "memory"]
 
 
 def rival_rows(row: dict) -> list[list[str]]:
-    rows = []
+    """All contestants of a case. On a GPU the host's time is another one, and fastclip's own is of interest."""
+    rows, host = [], row.get("host_us", {})
     for name in row["median_us"]:
-        if name in (row["ours"], "list", "ceiling"):
+        if name in ("list", "ceiling") or (name == row["ours"] and not host):
             continue
-        speedup = times(stats.ratio(row["samples_us"][name], row["samples_us"][row["ours"]]))
+        speedup = (
+            "" if name == row["ours"] else times(stats.ratio(row["samples_us"][name], row["samples_us"][row["ours"]]))
+        )
         peak = row["memory_peak"].get(name)
-        took = duration(row["median_us"][name])
-        rows.append([row["case"], row["mode"], name, took, speedup, "" if peak is None else size(peak)])
+        took, on_host = duration(row["median_us"][name]), duration(host[name]) if name in host else ""
+        rows.append([row["case"], row["mode"], name, took, on_host, speedup, "" if peak is None else size(peak)])
     return rows
 
 
@@ -186,7 +189,12 @@ def tables(report: dict) -> list[Table]:
     found.append(Table("All contestants", RIVAL_HEAD, grouped(rivals), RIVAL_NOTE))
     for part, title, head, to_row, note in kinds:
         found.append(Table(title, head, grouped([to_row(row) for row in results.of_part(report, part)]), note))
-    return [table for table in found if table.rows]
+    return [without_empty_columns(table) for table in found if table.rows]
+
+
+def without_empty_columns(table: Table) -> Table:
+    full = [i for i in range(len(table.head)) if any(row[i] for row in table.rows)]
+    return Table(table.title, [table.head[i] for i in full], [[row[i] for i in full] for row in table.rows], table.note)
 
 
 def grouped(rows: list[list[str]]) -> list[list[str]]:

@@ -16,6 +16,7 @@ import fastclip
 from benchmarks import (
     cases,
     ceilings,
+    clocks,
     compare,
     docs_figures,
     limits,
@@ -277,6 +278,18 @@ def test_a_wrong_result_ends_the_run(tmp_path, monkeypatch, capsys):
     assert main(arguments) == run.WRONG
     assert "RL policy, fp32, clipped: fastclip" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@needs_native
+def test_a_torch_that_is_wrong_is_timed_and_said_to_be(monkeypatch):
+    right = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **options: right(*args, **options) * 2)
+    case = Case("models", "x", [(33, 5), (7,)], "fp32", rivals=True)
+    gradients = Gradients(case)
+    row, absent = measure.run_mode(case, gradients, CLIPPED, clocks.CpuClock(), measure.Effort(quick=True))
+    assert {"torch", "fastclip"} <= set(row["samples_us"]) and "torch for-loop" not in row["samples_us"]
+    assert all(absent[name].startswith("wrong result: x, clipped") for name in ("torch", "torch for-loop"))
+    assert table.case_row(row)[-1].startswith("wrong / ")
 
 
 @needs_native

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--case", default="", metavar="TEXT", help="only the cases whose name contains TEXT")
     one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     one.add_argument("--threads", type=positive, default=torch.get_num_threads(), metavar="N")
-    one.add_argument("--effort", type=float, default=1.0, metavar="X", help="X times as long for every case")
+    one.add_argument("--effort", type=factor, default=1.0, metavar="X", help="X times as long for every case")
     one.add_argument("--budget", type=float, default=math.inf, metavar="S", help="start no new case after S seconds")
     one.add_argument("--strict", action="store_true", help="refuse to measure while others use the machine")
     one.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -52,6 +52,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
     return int(text)
+
+
+def factor(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,6 +87,11 @@ def _run(options: argparse.Namespace) -> int:
         return run.WRONG
     usual = run.CUDA_PARTS if options.device == "cuda" else run.QUICK_PARTS if options.quick else run.CPU_PARTS
     parts = options.part or usual
+    wrong = [part for part in parts if options.device == "cuda" and part not in (*run.CUDA_PARTS, "bytes")]
+    if wrong:
+        known = ", ".join((*run.CUDA_PARTS, "bytes"))
+        print(f"--part: expected one of {known} with --device cuda, got {wrong[0]}", file=sys.stderr)
+        return run.NO_CASE
     effort = Effort(options.quick, options.effort)
     steps, left_out = run.plan(parts, options.case, options.device, effort, options.threads)
     if options.list:

@@ -379,13 +379,23 @@ def test_list(capsys):
     assert "GPT-2 XL, bf16" in out and "threads:\n  GPT-2 small, fp32, 1 thread\n" in out
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--part", "nothing"], ["--device", "tpu"]])
+@pytest.mark.parametrize(
+    "arguments", [["--threads", "0"], ["--part", "nothing"], ["--device", "tpu"], ["--effort", "nan"]]
+)
 def test_arguments_that_are_wrong(arguments):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
 
 
+@needs_native
+def test_a_part_that_a_gpu_has_not(monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.__main__.is_a_card", lambda: True)
+    assert main(["--device", "cuda", "--part", "limits"]) == run.NO_CASE
+    assert "--part: expected one of models" in capsys.readouterr().err
+
+
+@needs_native
 def test_a_case_that_does_not_exist(capsys):
     assert main(["--case", "no such case"]) == run.NO_CASE
     assert "'no such case'" in capsys.readouterr().err

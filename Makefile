@@ -2,6 +2,7 @@
 # make bench   the same, then measures fastclip against torch
 # make gpu     builds for the card at hand, tests over CUDA, compute-sanitizer, benchmark (PYTHON: one with torch)
 # make lint    ruff and clang-format, without changing anything
+# make docs-figures  puts the figures of benchmarks/results into README.md and docs
 #
 # PYTHON=…     the Python to start from (python3)
 # TORCH=…      the torch to put into a new virtual environment ("torch==2.13.0")
@@ -17,12 +18,15 @@ test: export OMP_WAIT_POLICY = passive
 PREPARED = py="$$($(PYTHON) tools/prepare.py)" && "$$py" -m
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: test bench gpu lint
+.PHONY: test bench gpu docs-figures lint
 test:
 	@$(PREPARED) pytest $(ARGS)
 
 bench:
 	@$(PREPARED) benchmarks $(ARGS)
+
+docs-figures:
+	@$(PREPARED) benchmarks.docs_figures $(ARGS)
 
 gpu:
 	@PYTHON=$(PYTHON) tools/gpu.sh $(ARGS)

@@ -1,187 +1,259 @@
-"""Times torch, fastclip and the machine's own ceiling on one case: alternating, in one process.
+"""Times contestants in turn, in one process, and turns the samples into a row of results.
 
 Timings on shared machines drift by tens of percent within seconds. Every round therefore runs all contestants once,
 in turn, and a speed-up is the median of the rounds' ratios, not the ratio of two medians.
 """
 
-import statistics
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-import fastclip
-from benchmarks.cases import Case
+from benchmarks import ceilings, machine, rivals, stats
+from benchmarks.cases import UNCLIPPED, Aim, Case
+from benchmarks.clocks import CpuClock, CudaClock
+from benchmarks.gradients import WHOLE, Gradients, WrongResult
 
-NEVER = 1e30  # a threshold that no norm reaches
+CEILING = "ceiling"
+FIRST = ("norm_error", "largest_difference", "memory_peak")  # what the first call of each contestant shows
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 200
+WARM = 1 << 16  # bytes: up to here a sample is the mean of WARM_CALLS calls in a row, else the cache decides
+WARM_CALLS = 20
+
+
+def nothing(*_) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure. ``quick`` only shows that everything runs; ``factor`` multiplies every case's seconds."""
+
+    quick: bool = False
+    factor: float = 1.0
+
+    def seconds(self, wanted: float) -> float:
+        return 0.15 if self.quick else wanted * self.factor
+
+    def least_rounds(self, size: int = 0) -> int:
+        """Fewer for lists of more than 2 GB: three rounds of them take as long as 50 of others."""
+        return 2 if self.quick else 3 if size > 2 << 30 else LEAST_ROUNDS
+
+    @property
+    def whole(self) -> int:
+        """Elements to look at after the first call."""
+        return WHOLE // 8 if self.quick else WHOLE
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A call to be timed; what to do before, and with its result after, outside of the timed part."""
+
+    call: Callable[[], object]
+    prepare: Callable[[], None] = nothing
+    check: Callable[[object], None] = nothing
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a round, for each contestant."""
+    """Seconds a round, for each contestant; on a CUDA device ``host`` has the host's share of each."""
 
     samples: dict[str, list[float]]
+    host: dict[str, list[float]]
+    contention: dict
 
     def median(self, name: str) -> float:
-        return statistics.median(self.samples[name])
+        return stats.median(self.samples[name])
 
-    def ratio(self, slower: str, faster: str) -> tuple[float, float, float]:
-        """Median and quartiles of the paired ratios: how many times faster ``faster`` is."""
-        ratios = sorted(a / b for a, b in zip(self.samples[slower], self.samples[faster], strict=True))
-        return statistics.median(ratios), ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    def ratio(self, slower: str, faster: str) -> dict:
+        return stats.ratio(self.samples[slower], self.samples[faster])
 
 
-def run_case(case: Case, seconds: float, max_rounds: int) -> dict:
-    """Measures a case unclipped and clipped; returns plain numbers, ready for JSON."""
-    torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=case.dtype)) for shape in case.shapes]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    saved = [parameter.grad.clone() for parameter in parameters]
-    exact_norm = sum(float(grad.double().square().sum()) for grad in saved) ** 0.5
-    threshold = exact_norm / 10
+def paired(
+    contestants: dict[str, Contestant],
+    seconds: float,
+    effort: Effort = Effort(),
+    max_rounds: int = MOST_ROUNDS,
+    calls: int = 1,
+    clock: CpuClock | CudaClock | None = None,
+    size: int = 0,
+) -> Times:
+    """Runs all contestants in turn until ``seconds`` are used up, at least five rounds, after one for warm-up.
 
-    def restore() -> None:
-        torch._foreach_copy_([parameter.grad for parameter in parameters], saved)
+    ``seconds`` are those of a usual effort; a quick one takes fewer, and two rounds are enough for it.
 
-    def keep() -> None:
-        pass
+    ``size`` is that of the list in bytes. With ``calls`` above 1 a sample is the mean of so many calls in a row, each
+    of them prepared for.
+    """
+    clock = clock or CpuClock()
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    host: dict[str, list[float]] = {name: [] for name in contestants}
+    order = list(contestants)
+    contention = machine.Contention()
+    end = time.perf_counter() + effort.seconds(seconds)
+    for number in range(max_rounds + 1):
+        for name in order:
+            contestant, total, total_host = contestants[name], 0.0, 0.0
+            for _ in range(calls):
+                contestant.prepare()
+                elapsed, elapsed_host, result = clock.time(contestant.call)
+                total, total_host = total + elapsed, total_host + elapsed_host
+            contestant.check(result)
+            if number > 0:
+                samples[name].append(total / calls)
+                host[name].append(total_host / calls)
+        order.append(order.pop(0))  # nobody always follows the same neighbour
+        if number >= effort.least_rounds(size) and time.perf_counter() > end:
+            break
+    return Times(samples, host, contention.so_far())
 
-    ceiling = Ceiling(case.bytes, case.dtype)
-    unclipped = paired(
-        {
-            "torch": lambda: torch.nn.utils.clip_grad_norm_(parameters, NEVER),
-            "fastclip": lambda: fastclip.clip_grad_norm_(parameters, NEVER),
-            "list": lambda: [parameter.grad for parameter in parameters],
-            **ceiling.reads(),
-        },
-        prepare=keep,
-        seconds=seconds,
-        max_rounds=max_rounds,
-    )
-    clipped = paired(
-        {
-            "torch": lambda: torch.nn.utils.clip_grad_norm_(parameters, threshold),
-            "fastclip": lambda: fastclip.clip_grad_norm_(parameters, threshold),
-            "list": lambda: [parameter.grad for parameter in parameters],
-            **ceiling.read_writes(),
-        },
-        prepare=restore,
-        seconds=seconds,
-        max_rounds=max_rounds,
-    )
-    restore()
-    torch_norm = float(torch.nn.utils.clip_grad_norm_(parameters, threshold))
-    torch_clipped = [parameter.grad.clone() for parameter in parameters]
-    restore()
-    fastclip_norm = float(fastclip.clip_grad_norm_(parameters, threshold))
-    largest = max(float(grad.abs().max()) for grad in torch_clipped)
-    difference = max(
-        float((a - parameter.grad).abs().max()) for a, parameter in zip(torch_clipped, parameters, strict=True)
-    )
-    return {
+
+def run_mode(
+    case: Case, gradients: Gradients, mode: str, clock: CpuClock | CudaClock, effort: Effort
+) -> tuple[dict, dict[str, str]]:
+    """Measures a case in one mode: its row, and the rivals that did not take part, with the reason.
+
+    Raises WrongResult when a call of fastclip did not do what it should have; a rival that did not is left out.
+    """
+    gradients.set_mode(mode)
+    calls, absent = rivals.contestants(gradients, case.rivals, effort.quick)
+    first, failed = first_calls(calls, gradients, effort.whole)
+    contestants = {
+        name: Contestant(calls[name], gradients.restore, nothing if name in failed else _check(name, gradients))
+        for name in first
+    }
+    contestants[rivals.LIST] = Contestant(lambda: [parameter.grad for parameter in gradients.parameters])
+    way, move = ceiling(gradients, mode, clock)
+    contestants[CEILING] = Contestant(move, gradients.restore)
+
+    on_cpu = isinstance(clock, CpuClock)
+    warm = WARM_CALLS if on_cpu and case.bytes <= WARM else 1
+    times = paired(contestants, case.seconds, effort, calls=warm, clock=clock, size=case.bytes)
+    row = {
+        "part": case.part,
         "case": case.name,
+        "mode": mode,
+        "dtype": case.dtype,
+        "norm_type": str(case.norm_type),
+        "device": "cpu" if on_cpu else "cuda",
+        "threads": torch.get_num_threads(),
         "tensors": len(case.shapes),
         "elements": case.elements,
         "bytes": case.bytes,
-        "unclipped": summary(unclipped, case, case.unclipped_target, passes=1),
-        "clipped": summary(clipped, case, case.clipped_target, passes=3),
-        "norm_error_torch": abs(torch_norm / exact_norm - 1),
-        "norm_error_fastclip": abs(fastclip_norm / exact_norm - 1),
-        "largest_difference": difference / largest,
+        "calls_a_sample": warm,
+        "ceiling_way": way,
+        **{figure: {name: call[figure] for name, call in first.items()} for figure in FIRST},
+        **summary(times, rivals.TORCH, rivals.FASTCLIP, case.aims.get(mode)),
     }
+    row["gb_per_s"] = passes(mode) * case.bytes / times.median(rivals.FASTCLIP) / 1e9
+    row["of_ceiling"] = times.ratio(CEILING, rivals.FASTCLIP)
+    if not on_cpu:
+        row["host_us"] = {name: stats.median(values) * 1e6 for name, values in times.host.items()}
+    return row, {**absent, **failed}
 
 
-def summary(times: Times, case: Case, target: float, passes: int) -> dict:
-    """The figures of one row. ``passes``: how often fastclip moves every byte over the memory bus."""
-    speedup, low, high = times.ratio("torch", "fastclip")
-    rival_speedup = times.ratio(case.rival, "fastclip")[0]
-    ceiling = min((name for name in times.samples if name.startswith("ceiling")), key=times.median)
-    return {
-        "torch_us": times.median("torch") * 1e6,
-        "fastclip_us": times.median("fastclip") * 1e6,
-        "list_us": times.median("list") * 1e6,
-        "speedup": speedup,
-        "speedup_quartiles": [low, high],
-        "rival": case.rival,
-        "rival_speedup": rival_speedup,
-        "target": target,
-        "gb_per_s": passes * case.bytes / times.median("fastclip") / 1e9,
-        "ceiling": ceiling.removeprefix("ceiling "),
-        "ceiling_us": times.median(ceiling) * 1e6,
-        "of_ceiling": times.ratio(ceiling, "fastclip")[0],
-        "rounds": len(times.samples["torch"]),
+def passes(mode: str) -> int:
+    """How often fastclip moves every byte between processor and memory: read; or read, read again, and written."""
+    return 1 if mode == UNCLIPPED else 3
+
+
+def summary(times: Times, plain: str, ours: str, aim: Aim | None = None) -> dict:
+    """The figures that every row has, whatever was measured."""
+    row = {
+        "plain": plain,
+        "ours": ours,
+        "median_us": {name: times.median(name) * 1e6 for name in times.samples},
+        "ours_us": _in_us(stats.spread(times.samples[ours])),
+        "speedup": times.ratio(plain, ours),
+        "rounds": len(times.samples[ours]),
+        "contention": times.contention,
         "samples_us": {name: [round(s * 1e6, 3) for s in values] for name, values in times.samples.items()},
     }
+    if aim:
+        row["aim"] = {"over": aim.over, "speedup": aim.speedup, "reached": times.ratio(aim.over, ours)}
+    return row
 
 
-def paired(contestants: dict[str, Callable], prepare: Callable[[], None], seconds: float, max_rounds: int) -> Times:
-    """Runs all contestants in turn until ``seconds`` are used up, at least five rounds, after one for warm-up."""
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    order = list(contestants)
-    end = time.perf_counter() + seconds
-    for number in range(max_rounds + 1):
-        for name in order:
-            prepare()
-            start = time.perf_counter()
-            contestants[name]()
-            elapsed = time.perf_counter() - start
-            if number > 0:
-                samples[name].append(elapsed)
-        order.append(order.pop(0))  # nobody always follows the same neighbour
-        if number >= 5 and time.perf_counter() > end:
-            break
-    return Times(samples)
+def _in_us(spread: dict) -> dict:
+    return {
+        name: [v * 1e6 for v in value] if isinstance(value, list) else value * 1e6 for name, value in spread.items()
+    }
 
 
-class Ceiling:
-    """What the machine can do at best with the same bytes in one buffer: the fastest of several ways to read it."""
+def first_calls(
+    calls: dict[str, Callable], gradients: Gradients, whole: int = WHOLE
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """Warms up, and looks at the whole result: what FIRST names of each call, and why others have nothing to show.
 
-    COPY_BYTES = 1 << 18  # a destination that stays in the second-level cache
+    Raises what goes wrong with fastclip, or torch's own function; of a rival it is noted.
+    """
+    first, failed = {}, {}
+    for name, call in calls.items():
+        try:
+            first[name] = _first_call(name, call, gradients, whole)
+        except WrongResult as wrong:
+            if name == rivals.FASTCLIP:
+                raise
+            failed[name] = f"wrong result: {wrong}"
+            if name == rivals.TORCH:  # it is what others are compared with, wrong or not
+                first[name] = dict.fromkeys(FIRST)
+        except Exception as error:  # rivals fail in their own ways
+            if name in (rivals.FASTCLIP, rivals.TORCH):
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return first, failed
 
-    def __init__(self, size: int, dtype: torch.dtype):
-        self.flat = torch.randn(size // dtype.itemsize).to(dtype)
-        self.floats = self.flat.view(torch.uint8)[: size // 4 * 4].view(torch.float32)
 
-    def reads(self) -> dict[str, Callable]:
-        return {
-            "ceiling sum": lambda: torch.sum(self.floats),
-            "ceiling dot": lambda: torch.dot(self.floats, self.floats),
-            "ceiling memcpy": self._read_by_memcpy,
-        }
+def _first_call(name: str, call: Callable, gradients: Gradients, whole: int) -> dict:
+    result: list[torch.Tensor] = []
+    gradients.restore()
+    call()  # what is compiled or loaded now is no memory of the call
+    gradients.restore()
+    if gradients.grads[0].device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result.append(call())
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = machine.peak_of(lambda: result.append(call()))
+    exact = name == rivals.FASTCLIP
+    largest = gradients.check_whole(name, result[0], exact, whole)
+    gradients.check(name, result[0], exact)
+    return {"norm_error": gradients.norm_error(result[0]), "largest_difference": largest, "memory_peak": peak}
 
-    def read_writes(self) -> dict[str, Callable]:
-        """One of the reads, then a multiplication in place: the bytes that clipping has to move."""
 
-        def followed_by_multiplication(read: Callable) -> Callable:
-            def run() -> None:
-                read()
-                self.flat.mul_(0.999)
+def _check(name: str, gradients: Gradients) -> Callable[[object], None]:
+    return lambda norm: gradients.check(name, norm, exact=name == rivals.FASTCLIP)
 
-            return run
 
-        return {name: followed_by_multiplication(read) for name, read in self.reads().items()}
+def ceiling(gradients: Gradients, mode: str, clock: CpuClock | CudaClock) -> tuple[str, Callable]:
+    """The fastest way to move the bytes that clipping has to move, and its name."""
 
-    def _read_by_memcpy(self) -> None:
-        """memcpy of the whole buffer into small ones, on as many threads as torch uses."""
-        source = self.flat.view(torch.uint8).numpy()
-        share = -(-len(source) // torch.get_num_threads())
+    def seconds(call: Callable) -> float:
+        return clock.time(call)[0]
 
-        def copy(part) -> None:
-            target = bytearray(min(self.COPY_BYTES, len(part)))
-            for start in range(0, len(part), self.COPY_BYTES):
-                chunk = part[start : start + self.COPY_BYTES]
-                memoryview(target)[: len(chunk)] = chunk
+    buffers = list(gradients.buffers.values())
+    flat = gradients.flat()
+    tries = 3 if flat.nbytes < 1 << 26 else 1
+    ways = ceilings.reads(flat)
+    way = ceilings.fastest(ways, seconds, tries)
+    reads = [ceilings.reads(buffer)[way] for buffer in buffers]
+    if mode == UNCLIPPED:
+        return way, _all(reads)
+    ways = ceilings.read_writes(flat)
+    second = ceilings.fastest(ways, seconds, tries)
+    writes = [ceilings.read_writes(buffer)[second] for buffer in buffers]
+    return f"{way}; {second}", _all([*reads, *writes])
 
-        if len(source) < 2 * self.COPY_BYTES:
-            return copy(source)
-        threads = [
-            threading.Thread(target=copy, args=(source[start : start + share],))
-            for start in range(0, len(source), share)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+
+def _all(calls: list[Callable]) -> Callable:
+    if len(calls) == 1:
+        return calls[0]
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run

@@ -1,59 +1,60 @@
-"""Measures ClippedOptimizer: ``python -m benchmarks.optim [--quick] [--threads N] [--output PREFIX]``.
+"""Measures ClippedOptimizer: part ``optim`` of ``python -m benchmarks``.
 
 The optimizer is one fused AdamW, bare for torch's calls and wrapped for fastclip's: the same parameters, gradients and
 state for everybody, gradients restored before each step.
 """
 
-import argparse
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 
 import fastclip
-from benchmarks.__main__ import processor
-from benchmarks.cases import gpt2_small, rl_policy
-from benchmarks.measure import NEVER, Times, paired
-from benchmarks.table import duration, table
+from benchmarks import models, stats
+from benchmarks.cases import CLIPPED, UNCLIPPED, Aim
+from benchmarks.clocks import clock
+from benchmarks.gradients import NEVER, WrongResult
+from benchmarks.measure import Contestant, Effort, Times, paired, summary
 
+PART = "optim"
 SCALE = 2.0**16
-HEAD = ["case", "", "plain calls", "fastclip", "result", "aim"]
+NORM_TOLERANCE = 1e-5
+OVERHEAD_US = 5.0
 
 
 class Setting:
     """Parameters with gradients, an optimizer and a wrapper around it."""
 
-    def __init__(self, shapes, scale: float = 1.0):
+    def __init__(self, shapes, scale: float = 1.0, device: str = "cpu"):
         torch.manual_seed(0)
-        self.parameters = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes]
+        self.device = device
+        self.parameters = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
         self.saved = [torch.randn_like(p) * scale for p in self.parameters]
         for p in self.parameters:
             p.grad = torch.empty_like(p)
         self.restore()
-        self.clips = float(fastclip.get_total_norm(self.saved)) / scale / 10  # a threshold that clips
+        self.norm = float(sum(g.double().square().sum() for g in self.saved) ** 0.5) / scale
+        self.clips = self.norm / 10  # a threshold that clips
         self.inner = torch.optim.AdamW(self.parameters, 1e-5, fused=True)
         self.wrapper = fastclip.ClippedOptimizer(self.inner, NEVER, fold=True)
 
     def restore(self) -> None:
         torch._foreach_copy_([p.grad for p in self.parameters], self.saved)
 
-    def plain(self, clip: Callable, max_norm: float) -> Callable:
+    def plain(self, clip: Callable, max_norm: float) -> Contestant:
         def run() -> None:
             clip(self.parameters, max_norm)
             self.inner.step()
 
-        return run
+        return Contestant(run, self.restore)
 
-    def wrapped(self, max_norm: float) -> Callable:
-        def run() -> None:
+    def wrapped(self, max_norm: float) -> Contestant:
+        def prepare() -> None:
+            self.restore()
             self.wrapper.max_norm = max_norm
-            self.wrapper.step()
 
-        return run
+        return Contestant(self.wrapper.step, prepare, self.check)
 
-    def plain_amp(self, max_norm: float) -> Callable:
+    def plain_amp(self, max_norm: float) -> Contestant:
         scaler = self.scaler(torch.amp.GradScaler)
 
         def run() -> None:
@@ -62,116 +63,77 @@ class Setting:
             scaler.step(self.inner)
             scaler.update(SCALE)
 
-        return run
+        return Contestant(run, self.restore)
 
-    def wrapped_amp(self, scaler_type: type, max_norm: float) -> Callable:
+    def wrapped_amp(self, scaler_type: type, max_norm: float) -> Contestant:
         scaler = self.scaler(scaler_type)
 
-        def run() -> None:
+        def prepare() -> None:
+            self.restore()
             self.wrapper.max_norm = max_norm
+
+        def run() -> None:
             scaler.step(self.wrapper)
             scaler.update(SCALE)
 
-        return run
+        return Contestant(run, prepare, self.check)
 
-    @staticmethod
-    def scaler(scaler_type: type) -> torch.amp.GradScaler:
-        scaler = scaler_type("cpu", init_scale=SCALE)
-        scaler.scale(torch.ones(1))  # makes its tensors
+    def scaler(self, scaler_type: type) -> torch.amp.GradScaler:
+        scaler = scaler_type(self.device, init_scale=SCALE)
+        scaler.scale(torch.ones(1, device=self.device))  # makes its tensors
         return scaler
 
-
-def row(name: str, mode: str, times: Times, plain: str, ours: str, aim: float) -> dict:
-    speedup, low, high = times.ratio(plain, ours)
-    return {
-        "case": name,
-        "mode": mode,
-        "plain_us": times.median(plain) * 1e6,
-        "fastclip_us": times.median(ours) * 1e6,
-        "speedup": speedup,
-        "quartiles": [low, high],
-        "aim": aim,
-        "samples_us": {key: [round(s * 1e6, 3) for s in times.samples[key]] for key in (plain, ours)},
-    }
+    def check(self, _: object) -> None:
+        """The wrapper's norm, after every timed step."""
+        got = float(self.wrapper.last_total_norm)
+        if not abs(got / self.norm - 1) <= NORM_TOLERANCE:
+            raise WrongResult(f"ClippedOptimizer: norm {got!r} instead of {self.norm!r}")
 
 
-def measure(seconds: float) -> list[dict]:
-    rows = []
-    big = Setting(gpt2_small(layers=6))
-    for mode, max_norm, aim in (("unclipped", NEVER, 1.3), ("clipped", big.clips, 1.25)):
+def row(case: str, mode: str, times: Times, plain: str, ours: str, aim: float | None = None) -> dict:
+    figures = summary(times, plain, ours, Aim(plain, aim) if aim else None)
+    for name in ("median_us", "samples_us"):
+        figures[name] = {plain: figures[name][plain], ours: figures[name][ours]}
+    return {"part": PART, "case": case, "mode": mode, **figures}
+
+
+def measure(effort: Effort, device: str = "cpu") -> Iterator[dict]:
+    watch = clock(device)
+    big = Setting(models.distil_gpt2(), device=device)
+    for mode, max_norm, aim in ((UNCLIPPED, NEVER, 1.3), (CLIPPED, big.clips, 1.25)):
         contestants = {
             "plain": big.plain(torch.nn.utils.clip_grad_norm_, max_norm),
             "wrapped": big.wrapped(max_norm),
         }
-        times = paired(contestants, big.restore, seconds, max_rounds=200)
-        rows.append(row("clip and step", mode, times, "plain", "wrapped", aim))
+        times = paired(contestants, 8.0, effort, clock=watch)
+        yield row("clip and step", mode, times, "plain", "wrapped", aim)
     del big
 
-    scaled = Setting(gpt2_small(layers=6), SCALE)
-    for mode, max_norm in (("unclipped", NEVER), ("clipped", scaled.clips)):
+    scaled = Setting(models.distil_gpt2(), SCALE, device)
+    for mode, max_norm in ((UNCLIPPED, NEVER), (CLIPPED, scaled.clips)):
         contestants = {
             "plain": scaled.plain_amp(max_norm),
-            "torch": scaled.wrapped_amp(torch.amp.GradScaler, max_norm),
-            "fastclip": scaled.wrapped_amp(fastclip.GradScaler, max_norm),
+            "torch's scaler": scaled.wrapped_amp(torch.amp.GradScaler, max_norm),
+            "fastclip's scaler": scaled.wrapped_amp(fastclip.GradScaler, max_norm),
         }
-        times = paired(contestants, scaled.restore, seconds, max_rounds=200)
-        rows.append(row("AMP, torch's GradScaler", mode, times, "plain", "torch", 1.25))
-        rows.append(row("AMP, fastclip's GradScaler", mode, times, "plain", "fastclip", 1.4))
+        times = paired(contestants, 10.0, effort, clock=watch)
+        yield row("AMP, torch's GradScaler", mode, times, "plain", "torch's scaler", 1.25)
+        yield row("AMP, fastclip's GradScaler", mode, times, "plain", "fastclip's scaler", 1.4)
     del scaled
 
-    small = Setting(rl_policy())
+    small = Setting(models.rl_policy(), device=device)
     contestants = {
         "plain": small.plain(fastclip.clip_grad_norm_, NEVER),
         "wrapped": small.wrapped(NEVER),
     }
-    times = paired(contestants, small.restore, seconds, max_rounds=5000)
-    overhead = row("6 tensors", "overhead", times, "plain", "wrapped", 5.0)
-    differences = sorted(b - a for a, b in zip(times.samples["plain"], times.samples["wrapped"], strict=True))
-    overhead["overhead_us"] = differences[len(differences) // 2] * 1e6
-    return [*rows, overhead]
-
-
-def markdown(report: dict) -> str:
-    machine = report["machine"]
-    rows = []
-    for r in report["results"]:
-        result, aim = "{:.2f}x ({:.2f}-{:.2f})".format(r["speedup"], *r["quartiles"]), f"{r['aim']:g}x"
-        if "overhead_us" in r:
-            result, aim = f"{r['overhead_us']:+.1f} us", f"< {r['aim']:g} us"
-        rows.append([r["case"], r["mode"], duration(r["plain_us"]), duration(r["fastclip_us"]), result, aim])
-    return "\n".join(
-        [
-            f"{machine['processor']}, {machine['threads']} threads; torch {report['fastclip']['torch']}, fastclip "
-            f"{report['fastclip']['version']} ({report['fastclip']['cpu_kernels']}).",
-            "",
-            *table([HEAD, *rows]),
-            "",
-            "DistilGPT-2 (81.9 million parameters, float32) and an RL policy of 6 tensors, fused AdamW. Plain calls: "
-            "torch's clip_grad_norm_ and step, with AMP unscale_ before and update after; for the 6 tensors fastclip's "
-            "clip_grad_norm_ and step. Medians of paired rounds, with the quartiles of the speed-up.",
-            "",
-        ]
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.optim", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two seconds a case instead of thirty: shows that it runs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latest-optim"), metavar="PREFIX")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    report = {
-        "machine": {"processor": processor(), "threads": options.threads},
-        "fastclip": fastclip.build_info(),
-        "results": measure(2 if options.quick else 30),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(markdown(report))
-    print(markdown(report))
-    print(f"Written: {options.output}.json, {options.output}.md", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()
+    block = torch.zeros(8 << 20, dtype=torch.uint8, device=device)
+    cold = {**contestants, "other work": Contestant(lambda: block.add_(1))}
+    for warmth, these, calls in (("warm", contestants, 20), ("cold", cold, 1)):
+        times = paired(these, 2.0, effort, max_rounds=2000 // calls, calls=calls, clock=watch)
+        overhead = row("6 tensors, overhead", warmth, times, "plain", "wrapped")
+        # On a CUDA device it is the host that the wrapper costs time.
+        samples = times.samples if device == "cpu" else times.host
+        in_us = {name: [s * 1e6 for s in samples[name]] for name in ("plain", "wrapped")}
+        overhead["overhead_us"] = stats.difference(in_us["wrapped"], in_us["plain"])
+        overhead["aim_us"] = OVERHEAD_US
+        yield overhead

@@ -1,14 +1,16 @@
 """Fixtures: the devices and CPU instruction sets that tests run on, and the same state of torch for every test."""
 
+import sys
 import zlib
 
 import pytest
 import torch
-from support import EMULATED, cudaemu
+from support import EMULATED, ROOT, cudaemu
 
 import fastclip
 from fastclip._native import _C
 
+sys.path.append(str(ROOT))  # benchmarks is no part of an installed fastclip
 ISAS = _C.available_kernels() if _C else []
 CUDA = [pytest.param("cuda", marks=pytest.mark.cuda)] if fastclip.build_info().get("cuda") else []
 

@@ -2,7 +2,7 @@
 # Everything that needs a card: build, tests over CUDA, compute-sanitizer on a small run, benchmark. No network, no
 # packages beyond torch and pytest, under 9 minutes. PYTHON=... chooses the Python, it has to have torch with CUDA.
 #
-#   tools/gpu.sh [arguments of benchmarks.gpu]
+#   tools/gpu.sh [arguments of `python -m benchmarks run`]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -28,6 +28,9 @@ OPTIONAL = {
     "tensorboard": "the test of TensorBoard events is skipped",
     "numpy": "the tests that use numpy scalars are skipped",
     "pytest_benchmark": "`pytest benchmarks` does not run",
+    "rich": "`make bench` shows a line for each case instead of a table that grows",
+    "matplotlib": "no charts: `benchmarks report` and `make docs-figures` do not run",
+    "jinja2": "`benchmarks report` does not run",
 }
 
 

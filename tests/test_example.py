@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 
@@ -106,6 +107,8 @@ def test_page_holds_all_runs_and_needs_no_network(example, trained, tmp_path):
 
 def test_command_line(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "text_generation.py"), "--run", "exploding"]
-    done = subprocess.run([*command, "--output", str(tmp_path / "x.html")], cwd=ROOT, capture_output=True, text=True)
+    command += ["--output", str(tmp_path / "x.html")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "non-finite" in done.stdout and (tmp_path / "x.html").exists()

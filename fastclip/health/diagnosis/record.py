@@ -200,4 +200,4 @@ class Record:
         shape = self.layers[i].shape
         fan_in = prod(shape[1:])
         weight = float(self.weights[:, i].nanmedian()) if len(self.weights) else NAN
-        return weight / (prod(shape) * 2 / fan_in) ** 0.5 if fan_in else NAN
+        return weight / (prod(shape) * 2 / fan_in) ** 0.5 if prod(shape) else NAN

@@ -248,7 +248,8 @@ class Examiner {
   static constexpr int64_t kAheadBytes = 1024;
 
   void take(const char* p) {
-    __builtin_prefetch(p + kAheadBytes);
+    __builtin_prefetch(
+        reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + kAheadBytes));  // may be past the end
     const Bits bits = load_vec<Bits>(p) & T::kAbs;
     least_ = bits < least_ ? bits : least_;
     largest_ = bits > largest_ ? bits : largest_;

@@ -8,8 +8,9 @@ import argparse
 import torch
 
 import fastclip
-from benchmarks.cases import gpt2_small
-from benchmarks.measure import NEVER, paired
+from benchmarks.gradients import NEVER
+from benchmarks.measure import Contestant, paired
+from benchmarks.models import gpt2_small
 
 
 def main() -> None:
@@ -24,7 +25,8 @@ def main() -> None:
         norm = float(fastclip.clip_grad_norm_(parameters, NEVER))
         for name, max_norm in (("unclipped", NEVER), ("clipped", norm / 10)):
             ratios = measure(parameters, saved, max_norm, options.seconds)
-            print(f"{dtype}, {name}: {ratios[0]:.3f} of plain clipping (quartiles {ratios[1]:.3f} to {ratios[2]:.3f})")
+            low, high = ratios["quartiles"]
+            print(f"{dtype}, {name}: {ratios['median']:.3f} of plain clipping (quartiles {low:.3f} to {high:.3f})")
 
 
 def make_parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -35,19 +37,17 @@ def make_parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
     return parameters
 
 
-def measure(
-    parameters: list[torch.nn.Parameter], saved: list[torch.Tensor], max_norm: float, seconds: float
-) -> tuple[float, float, float]:
+def measure(parameters: list[torch.nn.Parameter], saved: list[torch.Tensor], max_norm: float, seconds: float) -> dict:
     statistics = fastclip.GradStatistics()
-    times = paired(
-        {
-            "plain": lambda: fastclip.clip_grad_norm_(parameters, max_norm),
-            "statistics": lambda: fastclip.clip_grad_norm_(parameters, max_norm, statistics=statistics),
-        },
-        prepare=lambda: torch._foreach_copy_([parameter.grad for parameter in parameters], saved),
-        seconds=seconds,
-        max_rounds=1000,
-    )
+
+    def restore() -> None:
+        torch._foreach_copy_([parameter.grad for parameter in parameters], saved)
+
+    def clip(**kwargs) -> Contestant:
+        return Contestant(lambda: fastclip.clip_grad_norm_(parameters, max_norm, **kwargs), restore)
+
+    contestants = {"plain": clip(), "statistics": clip(statistics=statistics)}
+    times = paired(contestants, seconds, max_rounds=1000)
     return times.ratio("statistics", "plain")
 
 

@@ -3,6 +3,7 @@
     pip install "fastclip[health]"
     python examples/text_generation.py                       # all runs; writes text_generation.html
     python examples/text_generation.py --run exploding norm  # some of them; --list names them
+    python examples/text_generation.py --quick               # a third of the steps
 
 Characters are predicted from the characters before them. Each run changes one thing against another one, and what the
 page says of a run is computed from that run. docs/stable-training.md walks through it. The text: the Declaration of
@@ -11,11 +12,13 @@ miscfiles 1.5.
 """
 
 import argparse
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -125,7 +128,7 @@ class Run:
     model: Callable[[], nn.Module]
     steps: int
     learning_rate: float = 0.5
-    clip_norm: float = math.inf  # inf: measures only
+    clip_norm: float | Callable[[], Any] = math.inf  # inf: measures only; a callable makes an adaptive threshold
     clip_value: float = math.inf
     length: int = 16  # characters in a training sequence
     batch: int = 16  # sequences in a step, all micro-batches together
@@ -187,6 +190,9 @@ RUNS = (
         optimizer=torch.optim.AdamW,
     ),
 )
+if hasattr(fastclip, "ZClip"):  # it holds state: each run makes its own
+    what = "the same, clipped adaptively"
+    RUNS += (Run("adaptive", "exploding", what, lambda: CharRNN(gain=10), 300, clip_norm=fastclip.ZClip),)
 
 
 def entropy_of_characters() -> float:
@@ -222,6 +228,7 @@ def train(run: Run, seed: int = 0, tick: Callable[[], None] = lambda: None) -> R
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() == 2}
     optimizer = run.optimizer(model.parameters(), run.learning_rate)
     monitor = fastclip.GradientMonitor(model, activations=True)
+    max_norm = run.clip_norm() if callable(run.clip_norm) else run.clip_norm
     losses, norms = [], []
     started = time.perf_counter()
     for _, batch in zip(range(run.steps), batches(run.batch, run.length, seed), strict=False):
@@ -233,7 +240,7 @@ def train(run: Run, seed: int = 0, tick: Callable[[], None] = lambda: None) -> R
             loss.backward()
             loss_of_step += loss.item()
         # Once a step, after the last part: the norm of the sum is not the sum of the norms.
-        norms.append(monitor.clip_grad_norm_(run.clip_norm).item())
+        norms.append(monitor.clip_grad_norm_(max_norm).item())
         if run.clip_value < math.inf:
             fastclip.clip_grad_value_(model.parameters(), run.clip_value)
         optimizer.step()
@@ -278,10 +285,13 @@ def main() -> None:
         "--run", nargs="+", default=["all"], choices=["all", *names], metavar="NAME", help="default: all"
     )
     parser.add_argument("--list", action="store_true", help="name the runs, and end")
+    parser.add_argument("--quick", action="store_true", help="a third of the steps: some cures need more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("text_generation.html"), help="the page")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write curves and tables for docs/ there")
     options = parser.parse_args()
+    if not options.output.parent.is_dir():  # said now, not after the training
+        parser.error(f"--output: expected a file in an existing folder, got {options.output}")
     console = Console()
     if options.list:
         for run in RUNS:
@@ -291,6 +301,8 @@ def main() -> None:
     from text_generation_page import statement, write_page, write_pictures
 
     chosen = [run for run in RUNS if "all" in options.run or run.name in options.run]
+    if options.quick:
+        chosen = [dataclasses.replace(run, steps=max(run.steps // 3, 10)) for run in chosen]
     results = []
     with Progress(console=console) as progress:
         for run in chosen:

@@ -9,6 +9,8 @@ import sys
 import pytest
 from support import ROOT
 
+import fastclip
+
 pytest.importorskip("rich")
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -92,6 +94,13 @@ def test_a_run_is_judged_by_its_losses(example):
     assert not example.has_trained([example.UNIGRAM] * 20) and example.has_trained([5.0] * 18 + [2.0] * 2)
 
 
+def test_adaptive_threshold_is_made_for_the_run(example, trained):
+    assert any(run.name == "adaptive" for run in example.RUNS) == hasattr(fastclip, "ZClip")
+    norm = trained("norm", 20)
+    made = example.train(dataclasses.replace(norm.run, clip_norm=lambda: norm.run.clip_norm), seed=0)
+    assert made.losses == norm.losses
+
+
 def test_page_holds_all_runs_and_needs_no_network(example, trained, tmp_path):
     results = [trained("exploding"), trained("vanishing", 60), trained("1x32", 10), trained("8x4", 10)]
     example.page.write_page(results, tmp_path / "page.html")
@@ -105,10 +114,22 @@ def test_page_holds_all_runs_and_needs_no_network(example, trained, tmp_path):
     assert all(f"| {result.run.name} |" in table and example.page.statement(result) in table for result in results)
 
 
-def test_command_line(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "text_generation.py"), "--run", "exploding"]
-    command += ["--output", str(tmp_path / "x.html")]
+def test_command_line(example, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "text_generation.py"),
+        "--run",
+        "exploding",
+        "vanishing",
+        "--quick",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--output", str(tmp_path / "x.html")], **options)
     assert done.returncode == 0, done.stderr
     assert "non-finite" in done.stdout and (tmp_path / "x.html").exists()
+    steps = next(run.steps for run in example.RUNS if run.name == "vanishing") // 3
+    assert f"to {steps - 1}." in (tmp_path / "x.html").read_text(encoding="utf-8")  # the finding names the last step
+    missing = subprocess.run([*command, "--output", str(tmp_path / "no" / "x.html")], **options)
+    assert missing.returncode == 2 and "--output: expected a file in an existing folder" in missing.stderr
+    assert "%" not in missing.stdout  # before any training

@@ -3,7 +3,7 @@
     pip install "fastclip[health]"
     python examples/text_generation.py                       # all runs; writes text_generation.html
     python examples/text_generation.py --run exploding norm  # some of them; --list names them
-    python examples/text_generation.py --quick               # a third of the steps
+    python examples/text_generation.py --quick               # half of the steps
 
 Characters are predicted from the characters before them. Each run changes one thing against another one, and what the
 page says of a run is computed from that run. docs/stable-training.md walks through it. The text: the Declaration of
@@ -163,9 +163,9 @@ class Result:
 
 
 RUNS = (
-    Run("exploding", "exploding", "recurrent weights ten times too large, no clipping", lambda: CharRNN(gain=10), 300),
-    Run("value", "exploding", "the same, clipped by value", lambda: CharRNN(gain=10), 300, clip_value=0.1),
-    Run("norm", "exploding", "the same, clipped by norm", lambda: CharRNN(gain=10), 300, clip_norm=1.0),
+    Run("exploding", "exploding", "recurrent weights ten times too large, no clipping", lambda: CharRNN(gain=10), 600),
+    Run("value", "exploding", "the same, clipped by value", lambda: CharRNN(gain=10), 600, clip_value=0.1),
+    Run("norm", "exploding", "the same, clipped by norm", lambda: CharRNN(gain=10), 600, clip_norm=1.0),
     Run("lstm-times-ten", "exploding", "an LSTM with such weights, no clipping", lambda: CharLSTM(gain=10), 150, 2.0),
     Run("vanishing", "vanishing", "12 sigmoid layers, weights of 0.01", lambda: Deep(), 150, 0.2),
     Run("relu", "vanishing", "cure: ReLU", lambda: Deep(nn.ReLU), 150, 0.2),
@@ -192,7 +192,7 @@ RUNS = (
 )
 if hasattr(fastclip, "ZClip"):  # it holds state: each run makes its own
     what = "the same, clipped adaptively"
-    RUNS += (Run("adaptive", "exploding", what, lambda: CharRNN(gain=10), 300, clip_norm=fastclip.ZClip),)
+    RUNS += (Run("adaptive", "exploding", what, lambda: CharRNN(gain=10), 600, clip_norm=fastclip.ZClip),)
 
 
 def entropy_of_characters() -> float:
@@ -285,7 +285,7 @@ def main() -> None:
         "--run", nargs="+", default=["all"], choices=["all", *names], metavar="NAME", help="default: all"
     )
     parser.add_argument("--list", action="store_true", help="name the runs, and end")
-    parser.add_argument("--quick", action="store_true", help="a third of the steps: some cures need more")
+    parser.add_argument("--quick", action="store_true", help="half of the steps; some runs need more to train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("text_generation.html"), help="the page")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write curves and tables for docs/ there")
@@ -302,7 +302,7 @@ def main() -> None:
 
     chosen = [run for run in RUNS if "all" in options.run or run.name in options.run]
     if options.quick:
-        chosen = [dataclasses.replace(run, steps=max(run.steps // 3, 10)) for run in chosen]
+        chosen = [dataclasses.replace(run, steps=max(run.steps // 2, 10)) for run in chosen]
     results = []
     with Progress(console=console) as progress:
         for run in chosen:

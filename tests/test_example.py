@@ -128,7 +128,7 @@ def test_command_line(example, tmp_path):
     done = subprocess.run([*command, "--output", str(tmp_path / "x.html")], **options)
     assert done.returncode == 0, done.stderr
     assert "non-finite" in done.stdout and (tmp_path / "x.html").exists()
-    steps = next(run.steps for run in example.RUNS if run.name == "vanishing") // 3
+    steps = next(run.steps for run in example.RUNS if run.name == "vanishing") // 2
     assert f"to {steps - 1}." in (tmp_path / "x.html").read_text(encoding="utf-8")  # the finding names the last step
     missing = subprocess.run([*command, "--output", str(tmp_path / "no" / "x.html")], **options)
     assert missing.returncode == 2 and "--output: expected a file in an existing folder" in missing.stderr

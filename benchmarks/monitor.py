@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 import fastclip
-from benchmarks.__main__ import processor
-from benchmarks.cases import gpt2_small, rl_policy
-from benchmarks.measure import NEVER, Times, paired
-from benchmarks.table import duration, table
+from benchmarks.gradients import NEVER
+from benchmarks.machine import processor
+from benchmarks.measure import Contestant, Times, paired
+from benchmarks.models import gpt2_small, rl_policy
+from benchmarks.table import Table, duration, markdown
 
 HEAD = ["case", "plain clipping", "recorded", "recorded, with a file", "step between records"]
 
@@ -28,9 +29,9 @@ def measure(shapes: list[tuple[int, ...]], seconds: float, max_rounds: int) -> T
             "between": fastclip.GradientMonitor(model, weight_norms=0, every=1 << 60),
         }
         monitors["between"].clip_grad_norm_(NEVER)  # the one step that it records
-        contestants = {name: lambda m=monitor: m.clip_grad_norm_(NEVER) for name, monitor in monitors.items()}
-        contestants["plain"] = lambda: fastclip.clip_grad_norm_(model.parameters(), NEVER)
-        times = paired(contestants, lambda: None, seconds, max_rounds)
+        calls = {name: lambda m=monitor: m.clip_grad_norm_(NEVER) for name, monitor in monitors.items()}
+        calls["plain"] = lambda: fastclip.clip_grad_norm_(model.parameters(), NEVER)
+        times = paired({name: Contestant(call) for name, call in calls.items()}, seconds, max_rounds=max_rounds)
         for monitor in monitors.values():
             monitor.close()
     return times

@@ -115,21 +115,20 @@ def test_page_holds_all_runs_and_needs_no_network(example, trained, tmp_path):
 
 
 def test_command_line(example, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "text_generation.py"),
-        "--run",
-        "exploding",
-        "vanishing",
-        "--quick",
-    ]
+    script = ROOT / "examples" / "text_generation.py"
+    command = [sys.executable, str(script), "--run", "exploding", "vanishing", "--quick"]
+    command += ["--output", str(tmp_path / "x.html")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([*command, "--output", str(tmp_path / "x.html")], **options)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "non-finite" in done.stdout and (tmp_path / "x.html").exists()
     steps = next(run.steps for run in example.RUNS if run.name == "vanishing") // 2
     assert f"to {steps - 1}." in (tmp_path / "x.html").read_text(encoding="utf-8")  # the finding names the last step
-    missing = subprocess.run([*command, "--output", str(tmp_path / "no" / "x.html")], **options)
-    assert missing.returncode == 2 and "--output: expected a file in an existing folder" in missing.stderr
-    assert "%" not in missing.stdout  # before any training
+
+
+def test_missing_output_folder_is_said_before_the_training(example, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["text_generation.py", "--output", str(tmp_path / "no" / "x.html")])
+    monkeypatch.setattr(example, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match="2"):
+        example.main()
+    assert "--output: expected a file in an existing folder" in capsys.readouterr().err

@@ -22,15 +22,12 @@ STAMP = ROOT / "build" / "stamp.json"
 OPTIONAL = {
     "ninja": "the build runs one file at a time",
     "hypothesis": "the property tests are skipped",
-    "rich": "the tests of tables are skipped",
-    "matplotlib": "the tests of plots are skipped",
-    "jinja2": "the tests of pages are skipped",
     "tensorboard": "the test of TensorBoard events is skipped",
     "numpy": "the tests that use numpy scalars are skipped",
     "pytest_benchmark": "`pytest benchmarks` does not run",
-    "rich": "`make bench` shows a line for each case instead of a table that grows",
-    "matplotlib": "no charts: `benchmarks report` and `make docs-figures` do not run",
-    "jinja2": "`benchmarks report` does not run",
+    "rich": "tests of tables are skipped; `make bench` shows a line for each case",
+    "matplotlib": "tests of plots are skipped; `benchmarks report` and `make docs-figures` do not run",
+    "jinja2": "tests of pages are skipped; `benchmarks report` does not run",
 }
 
 

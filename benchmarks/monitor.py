@@ -58,8 +58,8 @@ def main() -> None:
         row("GPT-2 small, 148 tensors", measure(gpt2_small(), seconds, 300)),
     ]
     print(f"{processor()}, {options.threads} threads; torch {torch.__version__}, fastclip {fastclip.__version__}.\n")
-    print("\n".join(table([HEAD, *rows])))
-    print("\nfloat32, nothing clipped. Medians of paired rounds; what a monitor adds to plain clipping.")
+    note = "float32, nothing clipped. Medians of paired rounds; what a monitor adds to plain clipping."
+    print(markdown(Table("Monitoring", HEAD, rows, note)))
 
 
 if __name__ == "__main__":

@@ -240,3 +240,46 @@ def test_activation_checkpointing():
         checkpoint(model, x, use_reentrant=reentrant).sum().backward()
         total, runs = monitor._activations.take()["1"]
         assert (total / runs)[1].item() == pytest.approx(zeros)
+
+
+class Odd(nn.Module):
+    """Hands a ReLU what has no values to look at."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.weight, self.relu = make, nn.Parameter(torch.ones(3, 4)), nn.ReLU()
+
+    def forward(self, x):
+        y = self.relu(self.make(self.weight * x))
+        return y.to_dense() if y.layout is torch.sparse_coo else y.values() if y.is_nested else y
+
+
+def nested(w):
+    return torch.nested.nested_tensor_from_jagged(w, torch.tensor([0, 1, 3]))
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, nested], ids=["sparse", "nested"])
+def test_outputs_without_plain_values(make):
+    model = Odd(make)
+    with fastclip.GradientMonitor(model, activations=True) as monitor:
+        model(2.0).sum().backward()
+        monitor.clip_grad_norm_(1.0)
+        assert "activation/saturated/relu" not in monitor.last() and monitor.last()["grad/total_norm"] > 0
+
+
+def test_under_vmap():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with fastclip.GradientMonitor(model, activations=True) as monitor:
+        torch.func.vmap(model)(torch.randn(5, 4)).sum().backward()
+        monitor.clip_grad_norm_(1.0)
+        assert "activation/saturated/1" not in monitor.last()
+
+
+def test_scripted_modules_take_no_hooks():
+    with pytest.warns(DeprecationWarning):
+        scripted = torch.jit.script(nn.ReLU())
+    model = nn.Sequential(nn.Linear(4, 4), scripted, nn.Tanh())
+    with fastclip.GradientMonitor(model, activations=True) as monitor:
+        model(torch.randn(5, 4)).sum().backward()
+        monitor.clip_grad_norm_(1.0)
+        assert "activation/saturated/2" in monitor.last()

@@ -234,3 +234,28 @@ def test_writing_keeps_up(tmp_path):
     train(monitor, 10)
     per_step = (file.stat().st_size - before) / 10
     assert per_step < 60 + 4 * 2 * 22 + 40  # two numbers a layer; columns of zeros cost nothing
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    """Also where it is one line without an end, which a killed process could have left."""
+    path, text = tmp_path / "config.json", '{"lr": 0.1, "layers": 12}'
+    path.write_text(text)
+    with pytest.raises(ValueError, match="path: expected a monitor's file"):
+        fastclip.GradientMonitor(nn.Linear(2, 2), path=path)
+    with pytest.raises(ValueError, match="path: expected a monitor's file"):
+        fastclip.GradientMonitor.load(path)
+    assert path.read_text() == text
+
+
+def test_saving_onto_the_file_that_is_written(tmp_path):
+    model, path = nn.Linear(2, 2), tmp_path / "run.jsonl"
+    with fastclip.GradientMonitor(model, path=path) as monitor:
+        for step in range(4):
+            model(torch.ones(1, 2)).sum().backward()
+            monitor.clip_grad_norm_(1.0)
+            if step == 1:
+                with pytest.raises(ValueError, match="path: expected another file"):
+                    monitor.save(path)
+    assert len(fastclip.GradientMonitor.load(path).history().steps) == 4
+    monitor.save(path)  # it is closed
+    assert len(fastclip.GradientMonitor.load(path).history().steps) == 4

@@ -80,6 +80,8 @@ class Activations:
         self._handles = []
         self._order_handles = []
         for name, module in named_modules(model):
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks once it is compiled
             if (kind := _kind(module)) is not None:
                 self.classes[name] = type(module).__name__
                 self._handles.append(module.register_forward_hook(_Hook(self, name, kind)))
@@ -109,8 +111,11 @@ class Activations:
             return
         with torch.no_grad():
             shares = _shares(module, kind, y.detach(), y if x is None else x.detach())
-        self._sums[name] = self._sums[name] + shares if name in self._sums else shares
-        self._counts[name] = self._counts.get(name, 0) + 1
+        known = self._sums.get(name)
+        if known is None:
+            self._sums[name], self._counts[name] = shares, 1
+        elif known.device == shares.device:  # of the replicas of a module one is looked at
+            self._sums[name], self._counts[name] = known + shares, self._counts[name] + 1
 
 
 class _Hook:
@@ -156,10 +161,16 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """The tensor in what a module takes or returns: its first element, and that of a PackedSequence."""
+    """The plain tensor in what a module takes or returns: its first element, and that of a PackedSequence.
+
+    None for what has no values to look at here: sparse and nested tensors, DTensors and other subclasses, tensors under
+    vmap or while a model is exported.
+    """
     while isinstance(value, tuple) and value and not isinstance(value, Tensor):
         value = value[0]
-    return value if isinstance(value, Tensor) else None
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_nested:
+        return None
+    return None if torch._C._functorch.is_functorch_wrapped_tensor(value) else value
 
 
 def _remove(*lists: list) -> None:

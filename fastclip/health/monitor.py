@@ -102,9 +102,8 @@ class GradientMonitor:
         self._classes: dict[str, str] = {}  # of the modules whose activations were seen
         self._written_to: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._file = self._writer = None
-        if path is not None and is_first_rank():
-            self._open(Path(path))
-            _open_monitors.add(self)
+        if path is not None:
+            self._open_on_first_rank(Path(path))
         self._activations = None
         self._knows_order = False  # of the forward pass
         if activations:
@@ -359,9 +358,17 @@ class GradientMonitor:
     # ---- files, end ----
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes all records that are kept to a file; one that exists is replaced. Format: ``fastclip.health.log``."""
+        """Writes all records that are kept to a file; one that exists is replaced. Format: ``fastclip.health.log``.
+
+        Raises:
+            ValueError: this monitor's own ``path=``, which has all records already.
+        """
         with self._lock:
             self._transfer.drain()
+            if self._writer is not None and os.path.exists(path) and os.path.samefile(path, self._file.name):
+                raise ValueError(
+                    f"path: expected another file than the one this monitor writes, got {os.fspath(path)!r}"
+                )
             log.write_whole(path, self._store.records(), self._layers.layers, self._classes, self._norm_type or 2.0)
 
     @classmethod
@@ -396,6 +403,20 @@ class GradientMonitor:
         self._norm_type = reader.norm_type if self._count else None
         self._classes.update(reader.classes)
         return reader.end
+
+    def _open_on_first_rank(self, path: Path) -> None:
+        """All ranks go on at the step of the file: what they measure together has to be of the same steps."""
+        at = [None]
+        try:
+            if is_first_rank():
+                self._open(path)
+                _open_monitors.add(self)
+                at = [(self._step, self._count, self._norm_type)]
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.broadcast_object_list(at, src=0)
+        if at[0] is not None:
+            self._step, self._count, self._norm_type = at[0]
 
     def _open(self, path: Path) -> None:
         end = self._read(path) if path.exists() else 0

@@ -38,9 +38,15 @@ class Monitoring:
                 _say(f"page written: {page}")
             except Exception as error:
                 _say(f"no page for {self.watcher.names[place]}: {error!r}")
-                records = page.with_suffix(".jsonl")
-                monitor.save(records)
-                _say(f"its records are in {records}; fastclip.GradientMonitor.load reads them")
+                self._save(monitor, page.with_suffix(".jsonl"))
+
+    @staticmethod
+    def _save(monitor: GradientMonitor, records: Path) -> None:
+        try:
+            monitor.save(records)
+            _say(f"its records are in {records}; fastclip.GradientMonitor.load reads them")
+        except Exception as error:
+            _say(f"its records could not be saved either: {error!r}")
 
 
 def _count(findings: int) -> str:

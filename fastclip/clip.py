@@ -185,7 +185,7 @@ def clip_recorded(
             )
     finally:
         # Also after the error for a norm that is not finite: that step says most about it.
-        if recording and statistics.values is not None:
+        if recording and getattr(statistics, "values", None) is not None:
             recording.finish(norm, max_norm, float(norm_type))
     return norm
 

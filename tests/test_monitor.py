@@ -640,3 +640,38 @@ def test_importing_fastclip_does_not_import_monitors():
     code = "import sys, fastclip; print(sorted(m for m in sys.modules if m.startswith(('fastclip.health', 'rich'))))"
     assert run_python(code).stdout == "[]\n"
     assert "GradientMonitor" in dir(fastclip)
+
+
+def test_a_larger_parameter_in_the_place_of_another():
+    model = nn.Sequential(nn.Linear(4, 3))
+    with fastclip.GradientMonitor(model) as monitor:
+        for wide in (4, 40):
+            model[0] = nn.Linear(wide, 3)
+            model(torch.zeros(2, wide)).sum().backward()
+            monitor.clip_grad_norm_(1.0)
+        assert monitor.history().layers[0].shape == (3, 40) and monitor.last()["grad/zeros/0.weight"] == 1
+
+
+def test_going_back_beyond_the_newest_half():
+    model = nn.Linear(2, 2)
+    with fastclip.GradientMonitor(model, capacity=8) as monitor:
+        for _ in range(40):
+            model(torch.ones(1, 2)).sum().backward()
+            monitor.clip_grad_norm_(1.0)
+        monitor.step = 10
+        kept = monitor.history().steps.tolist()
+        assert kept and monitor.last()["grad/step"] == kept[-1] < 10
+        monitor.step = 2
+        assert all(step < 2 for step in monitor.history().steps.tolist())
+
+
+def test_the_records_are_the_monitors_own():
+    model = nn.Linear(2, 2)
+    statistics = fastclip.GradStatistics()
+    optimizer = fastclip.ClippedOptimizer(torch.optim.SGD(model.parameters(), 0.1), 1.0, statistics=statistics)
+    with fastclip.GradientMonitor(model) as monitor:
+        monitor.attach(optimizer)
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        statistics.values.zero_()
+        assert monitor.last()["grad/norm/weight"] > 0

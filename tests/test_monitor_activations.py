@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -283,3 +284,28 @@ def test_scripted_modules_take_no_hooks():
         model(torch.randn(5, 4)).sum().backward()
         monitor.clip_grad_norm_(1.0)
         assert "activation/saturated/2" in monitor.last()
+
+
+class Tokens(nn.Module):
+    """Parameters of the model itself, an attention whose projection is never called, checkpointed blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 2)
+        self.late = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.position = nn.Parameter(torch.zeros(5, 8))
+
+    def forward(self, x):
+        x = x + self.position
+        x = self.attention(x, x, x)[0]
+        return self.head(torch.utils.checkpoint.checkpoint(self.late, x, use_reentrant=True))
+
+
+def test_depth_of_what_runs_in_no_hook():
+    with fastclip.GradientMonitor(Tokens(), activations=True) as monitor:
+        monitor.model(torch.randn(3, 5, 8, requires_grad=True)).sum().backward()
+        monitor.clip_grad_norm_(1.0)
+        depth = {layer.name: layer.depth for layer in monitor.history().layers}
+    assert depth["position"] < depth["attention.out_proj.weight"] < depth["late.weight"] < depth["head.weight"]
+    assert depth["attention.in_proj_weight"] == depth["attention.out_proj.bias"]

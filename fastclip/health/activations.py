@@ -74,7 +74,7 @@ class Activations:
     def __init__(self, model: nn.Module):
         self.active = True  # whether the coming step is recorded
         self.classes: dict[str, str] = {}  # of each module that is watched, in the model's order
-        self.first_runs: dict[str, int] = {}  # the order of the forward pass, of modules with parameters of their own
+        self.first_runs: dict[str, int] = {}  # the order in which modules began to run
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._handles = []
@@ -85,8 +85,7 @@ class Activations:
             if (kind := _kind(module)) is not None:
                 self.classes[name] = type(module).__name__
                 self._handles.append(module.register_forward_hook(_Hook(self, name, kind)))
-            if module._parameters:
-                self._order_handles.append(module.register_forward_hook(_Hook(self, name, None)))
+            self._order_handles.append(module.register_forward_pre_hook(_Hook(self, name, None)))
         self._finalizer = weakref.finalize(self, _remove, self._handles, self._order_handles)
 
     def take(self) -> dict[str, tuple[Tensor, int]]:
@@ -101,10 +100,12 @@ class Activations:
         self._finalizer()
 
     def see(self, name: str, kind: str | None, module: nn.Module, inputs: tuple, output: Any) -> None:
-        if not self.active or not module.training or not torch.is_grad_enabled():
+        if not self.active or not module.training:
             return
-        if kind is None:
+        if kind is None:  # also without grad mode, in which checkpointed blocks run the first time
             self.first_runs.setdefault(name, len(self.first_runs))
+            return
+        if not torch.is_grad_enabled():
             return
         y, x = _tensor(output), _tensor(inputs)
         if y is None or not y.numel() or not y.is_floating_point():
@@ -125,7 +126,7 @@ class _Hook:
         self.activations = weakref.ref(activations)
         self.name, self.kind = name, kind
 
-    def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple, output: Any = None) -> None:
         if is_dynamo_compiling():
             return
         activations = self.activations()

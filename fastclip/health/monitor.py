@@ -106,7 +106,7 @@ class GradientMonitor:
             self._open_on_first_rank(Path(path))
         self._activations = None
         self._knows_order = False  # of the forward pass
-        if activations:
+        if activations and model is not None:
             self._activations = Activations(model)
             self._classes.update(self._activations.classes)
 
@@ -129,6 +129,8 @@ class GradientMonitor:
                 self._store.forget_from(value)
                 if self._writer is not None:
                     self._writer.forget_from(value)
+            for writer, step in self._written_to.items():
+                self._written_to[writer] = min(step, value - 1)
             self._step = value
 
     # ---- recording ----
@@ -242,7 +244,7 @@ class GradientMonitor:
                 step,
                 self._layers.numbers_of([p for p in parameters if p.grad is not None]),
                 self._norm_type,
-                values,
+                values if values.is_cuda else values.clone(),  # the caller may have them too
                 _plain(total_norm),
                 _plain(max_norm),
                 _plain(grad_scale),
@@ -395,7 +397,7 @@ class GradientMonitor:
 
     def _read(self, path: Path) -> int:
         """Takes over the records of a file; returns how many of its bytes are whole lines."""
-        reader = log.Reader(path, self._layers.number, self._store.forget_from)
+        reader = log.Reader(path, self._layers.number_of_read, self._forget_from)
         for record in reader.records():
             self._store.add(record)
             self._count += 1
@@ -403,6 +405,10 @@ class GradientMonitor:
         self._norm_type = reader.norm_type if self._count else None
         self._classes.update(reader.classes)
         return reader.end
+
+    def _forget_from(self, step: int) -> None:
+        self._store.forget_from(step)
+        self._step = step
 
     def _open_on_first_rank(self, path: Path) -> None:
         """All ranks go on at the step of the file: what they measure together has to be of the same steps."""

@@ -47,6 +47,7 @@ class Layers:
 
     def __init__(self, model: nn.Module | None, known: Sequence[Layer] = ()):
         self._model = model
+        self._first_runs: dict[str, int] = {}
         self.layers = list(known)
         self._numbers = {layer.name: number for number, layer in enumerate(self.layers)}
         # Ids come again when parameters die, hence the reference beside the number.
@@ -55,11 +56,21 @@ class Layers:
             self.refresh()
 
     def number(self, layer: Layer) -> int:
-        """The number of a layer that may be new."""
+        """The number of a layer that may be new, or another one in the place of one that is known."""
         if layer.name not in self._numbers:
             self._numbers[layer.name] = len(self.layers)
             self.layers.append(layer)
+            if self._first_runs:
+                layer.depth = self._depth(layer)
+        known = self.layers[self._numbers[layer.name]]
+        known.shape, known.dtype, known.module = layer.shape, layer.dtype, layer.module
         return self._numbers[layer.name]
+
+    def number_of_read(self, layer: Layer) -> int:
+        """The same of a layer that comes out of a file, whose depth is the newest one."""
+        number = self.number(layer)
+        self.layers[number].depth = layer.depth
+        return number
 
     def refresh(self) -> None:
         """Looks at the model again."""
@@ -99,9 +110,21 @@ class Layers:
         return [(number, parameter) for number, parameter in alive if parameter is not None]
 
     def order_by(self, first_runs: dict[str, int]) -> None:
-        """Sets depths from the order in which modules ran; those that did not run come after them."""
+        """Sets depths from the order in which modules began to run."""
+        self._first_runs = first_runs
         for layer in self.layers:
-            layer.depth = first_runs.get(layer.name.rpartition(".")[0], len(first_runs) + max(layer.depth, 0))
+            layer.depth = self._depth(layer)
+
+    def _depth(self, layer: Layer) -> int:
+        """The place of its module, or of the nearest one around it that ran: a parent may use its parameters itself.
+
+        Parts of the model itself that did not run are most likely not used. They come last.
+        """
+        name = layer.name.rpartition(".")[0]
+        while name and name not in self._first_runs:
+            name = name.rpartition(".")[0]
+        is_known = name in self._first_runs and (name or "." not in layer.name)
+        return self._first_runs[name] if is_known else len(self._first_runs) + max(layer.depth, 0)
 
     def _number_of(self, parameter: Tensor) -> int | None:
         """None: not seen yet."""

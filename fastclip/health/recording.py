@@ -197,7 +197,8 @@ class Store:
         return sorted((record for _, record in everything), key=lambda record: record.step)
 
     def newest(self) -> Record | None:
-        return max((record for _, record in self._newest), key=lambda record: record.step, default=None)
+        newest = max((record for _, record in self._newest), key=lambda record: record.step, default=None)
+        return newest or next(reversed(self.records()), None)  # the newest half may all have been forgotten
 
     def forget_from(self, step: int) -> None:
         """A run goes back to an earlier step: what followed it did not happen."""

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 from torch.compiler import is_dynamo_compiling
@@ -23,7 +24,7 @@ _lock = threading.Lock()
 _switched_on = False  # by patch(), until unpatch()
 _contexts = 0  # how many `with patched():` are open, in all threads
 _originals: dict[str, Callable] = {}  # what to put back; empty when nothing is patched
-_monitors: list[watching.Watcher] = []  # of patch()
+_monitors: "weakref.WeakSet[watching.Watcher]" = weakref.WeakSet()  # of patch(); the watchers' list keeps them alive
 _seconds = 0.0
 
 
@@ -43,7 +44,7 @@ def patch(*, monitor: watching.Watcher | None = None) -> dict[str, str]:
     with _lock:
         _switched_on = True
         if monitor is not None and monitor not in _monitors:
-            _monitors.append(monitor)
+            _monitors.add(monitor)
             watching.watchers.append(monitor)
         _update()
     return {name: _reach(name) for name in NAMES}

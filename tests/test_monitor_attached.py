@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -528,3 +529,17 @@ def test_wrong_options_are_told_before_the_program_runs(options, message, monkey
     with pytest.raises(SystemExit) as exit_of:
         command_line.main()
     assert exit_of.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_closed_monitor_is_not_kept_by_the_patch():
+    model = nn.Linear(2, 2)
+    monitor = fastclip.GradientMonitor(model)
+    fastclip.patch(monitor=monitor)
+    try:
+        monitor.close()
+        dead = weakref.ref(monitor), weakref.ref(model)
+        del monitor, model
+        gc.collect()
+        assert [ref() for ref in dead] == [None, None]
+    finally:
+        fastclip.unpatch()

@@ -259,3 +259,14 @@ def test_saving_onto_the_file_that_is_written(tmp_path):
     assert len(fastclip.GradientMonitor.load(path).history().steps) == 4
     monitor.save(path)  # it is closed
     assert len(fastclip.GradientMonitor.load(path).history().steps) == 4
+
+
+def test_one_file_for_one_monitor(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with fastclip.GradientMonitor(make_model(), path=path) as monitor:
+        train(monitor, 2)
+        with pytest.raises(ValueError, match="path: expected a file of its own"):
+            fastclip.GradientMonitor(make_model(), path=path)
+        train(monitor, 1)
+    with fastclip.GradientMonitor(make_model(), path=path) as monitor:
+        assert monitor.step == 3

@@ -425,6 +425,9 @@ class GradientMonitor:
             self._step, self._count, self._norm_type = at[0]
 
     def _open(self, path: Path) -> None:
+        files = [monitor._file for monitor in _open_monitors if monitor._file is not None]
+        if path.exists() and any(os.path.samefile(path, file.name) for file in files):
+            raise ValueError(f"path: expected a file of its own, got {str(path)!r}, which another monitor writes")
         end = self._read(path) if path.exists() else 0
         self._file = open(path, "r+b" if path.exists() else "xb", buffering=0)  # noqa: SIM115
         self._file.truncate(end)  # of a line that was cut off

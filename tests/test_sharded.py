@@ -776,8 +776,17 @@ def check_a_monitor(path):
     assert history.weight_norms[0].tolist() == pytest.approx(norms, rel=1e-6)
     assert (monitor._file is not None) == (rank == 0)
     monitor.close()
+    # Another one goes on with the file, on all ranks at the same step: what they measure together has to be of one.
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    monitor = fastclip.GradientMonitor(model, path=path, every=2)
+    assert monitor.step == 1
+    for _ in range(3):
+        monitor.clip_grad_norm_(1.0)
+    assert monitor.history().steps.tolist()[-1] == 2
+    monitor.close()
 
 
 def test_a_monitor(ranks, tmp_path):
     ranks.run(check_a_monitor, str(tmp_path / "run.jsonl"))
-    assert len(fastclip.GradientMonitor.load(tmp_path / "run.jsonl").history().steps) == 1
+    assert fastclip.GradientMonitor.load(tmp_path / "run.jsonl").history().steps.tolist() == [0, 2]

@@ -531,6 +531,25 @@ def test_wrong_options_are_told_before_the_program_runs(options, message, monkey
     assert exit_of.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_closed_monitor_is_off_its_optimizers():
+    model = nn.Linear(2, 2)
+    optimizer = fastclip.ClippedOptimizer(torch.optim.SGD(model.parameters(), 0.1), 1.0)
+    with fastclip.GradientMonitor(model) as monitor:
+        monitor.attach(optimizer)
+        assert optimizer.monitors == [monitor]
+    assert optimizer.monitors == []
+
+
+def test_wrong_arguments_have_the_usual_errors():
+    model = nn.Linear(2, 2)
+    with fastclip.GradientMonitor(model) as monitor, fastclip.patched(monitor=monitor):
+        model(torch.ones(1, 2)).sum().backward()
+        with pytest.raises(TypeError, match=r"parameters\[2\]"):
+            fastclip.clip_grad_value_([*model.parameters(), 3], 1.0)
+        with pytest.raises(TypeError, match="statistics"):
+            fastclip.clip_grad_norm_(model.parameters(), 1.0, statistics=[])
+
+
 def test_a_closed_monitor_is_not_kept_by_the_patch():
     model = nn.Linear(2, 2)
     monitor = fastclip.GradientMonitor(model)

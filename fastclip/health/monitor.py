@@ -101,6 +101,7 @@ class GradientMonitor:
         self._layers = Layers(model)
         self._classes: dict[str, str] = {}  # of the modules whose activations were seen
         self._written_to: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._attached: weakref.WeakSet[ClippedOptimizer] = weakref.WeakSet()
         self._file = self._writer = None
         if path is not None:
             self._open_on_first_rank(Path(path))
@@ -188,12 +189,14 @@ class GradientMonitor:
             )
         if self not in optimizer.monitors:
             optimizer.monitors.append(self)
+            self._attached.add(optimizer)
         return optimizer
 
     def detach(self, optimizer: ClippedOptimizer) -> None:
         """Ends what ``attach`` began."""
         if self in optimizer.monitors:
             optimizer.monitors.remove(self)
+            self._attached.discard(optimizer)
 
     def recorder_of(self, parameters: Sequence[Tensor]) -> watching.Record | None:
         """What records a call that clips these parameters, None if nothing does. Counts the model's steps."""
@@ -242,7 +245,7 @@ class GradientMonitor:
             self._norm_type = float(norm_type)
             draft = Draft(
                 step,
-                self._layers.numbers_of([p for p in parameters if p.grad is not None]),
+                self._layers.numbers_of([p for p in parameters if getattr(p, "grad", None) is not None]),
                 self._norm_type,
                 values if values.is_cuda else values.clone(),  # the caller may have them too
                 _plain(total_norm),
@@ -435,13 +438,15 @@ class GradientMonitor:
         self._writer = log.Writer(self._file, self._layers.layers, self._classes, with_header=end == 0)
 
     def close(self) -> None:
-        """Ends recording: takes the hooks off the model and closes the file. What was recorded stays readable."""
+        """Ends recording: takes off the hooks, detaches, and closes the file. What was recorded stays readable."""
         with self._lock:
             self._transfer.drain()
             self._is_closed = True
             if self._activations is not None:
                 self._activations.close()
             watching.forget(self)
+            for optimizer in list(self._attached):
+                self.detach(optimizer)
             self._writer = None
             if self._file is not None:
                 self._file.close()

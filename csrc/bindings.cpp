@@ -188,35 +188,11 @@ py::object with_norm_type(Gradients& grads, double p, Work work) {
   return to_python(run(grads, [&] { return work(*fused_norm_type(p)); }));
 }
 
-py::object get_total_norm(py::handle tensors, py::handle norm_type, py::handle error_if_nonfinite) {
-  HANDLE_TH_ERRORS
-  RECORD_FUNCTION("fastclip::get_total_norm", {});
-  const double p = to_double(norm_type, "norm_type");
-  const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
-  Gradients grads(Access::Read, expected_size(tensors));
-  collect(grads, tensors.ptr(), Items::Tensors);
-  return with_norm_type(grads, p, [&](NormType type) { return fastclip::get_total_norm(grads, type, error); });
-  END_HANDLE_TH_ERRORS_PYBIND
-}
-
-py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handle norm_type,
-                           py::handle error_if_nonfinite) {
-  HANDLE_TH_ERRORS
-  RECORD_FUNCTION("fastclip::clip_grad_norm_", {});
-  const double p = to_double(norm_type, "norm_type");
-  const Number threshold = to_number(max_norm, "max_norm");
-  const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
-  Gradients grads(Access::Write, expected_size(parameters));
-  collect(grads, parameters.ptr(), Items::Parameters);
-  return with_norm_type(grads, p,
-                        [&](NormType type) { return fastclip::clip_grad_norm(grads, threshold, type, error); });
-  END_HANDLE_TH_ERRORS_PYBIND
-}
-
-// The same with statistics: their values are left in `statistics.values`, also where the norm is not finite and that is
-// an error. Functions of their own, so that calls without statistics pay nothing.
+// The same; with `statistics`, an object and not null, their values are left in its attribute `values`, also where the
+// norm is not finite and that is an error.
 template <class Work>
 py::object with_statistics(Gradients& grads, double p, py::handle statistics, Work work) {
+  if (!statistics) return with_norm_type(grads, p, [&](NormType type) { return work(type, nullptr); });
   at::Tensor values;
   const auto hand_out = [&] {
     if (values.defined()) statistics.attr("values") = to_python(values);
@@ -231,8 +207,19 @@ py::object with_statistics(Gradients& grads, double p, py::handle statistics, Wo
   }
 }
 
-py::object clip_grad_norm_with_statistics(py::handle parameters, py::handle max_norm, py::handle norm_type,
-                                          py::handle error_if_nonfinite, py::handle statistics) {
+py::object get_total_norm(py::handle tensors, py::handle norm_type, py::handle error_if_nonfinite) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::get_total_norm", {});
+  const double p = to_double(norm_type, "norm_type");
+  const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
+  Gradients grads(Access::Read, expected_size(tensors));
+  collect(grads, tensors.ptr(), Items::Tensors);
+  return with_norm_type(grads, p, [&](NormType type) { return fastclip::get_total_norm(grads, type, error); });
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handle norm_type,
+                           py::handle error_if_nonfinite, py::handle statistics) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clip_grad_norm_", {});
   const double p = to_double(norm_type, "norm_type");
@@ -246,24 +233,8 @@ py::object clip_grad_norm_with_statistics(py::handle parameters, py::handle max_
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-py::object prepare_step_with_statistics(py::handle parameters, py::handle max_norm, py::handle norm_type,
-                                        py::handle grad_scale, bool in_place, py::handle statistics) {
-  HANDLE_TH_ERRORS
-  RECORD_FUNCTION("fastclip::prepare_step", {});
-  const double p = to_double(norm_type, "norm_type");
-  const Number threshold = to_number(max_norm, "max_norm");
-  const Number scale = grad_scale.is_none() ? Number{1, {}} : to_number(grad_scale, "grad_scale");
-  Gradients grads(in_place ? Access::Write : Access::Read, expected_size(parameters));
-  collect(grads, parameters.ptr(), Items::Parameters);
-  if (in_place && grads.has(DType::F16)) return py::str("unscaling float16");
-  return with_statistics(grads, p, statistics, [&](NormType type, at::Tensor* values) {
-    return fastclip::prepare_step(grads, threshold, type, scale, in_place, values);
-  });
-  END_HANDLE_TH_ERRORS_PYBIND
-}
-
 py::object prepare_step(py::handle parameters, py::handle max_norm, py::handle norm_type, py::handle grad_scale,
-                        bool in_place) {
+                        bool in_place, py::handle statistics) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::prepare_step", {});
   const double p = to_double(norm_type, "norm_type");
@@ -273,8 +244,9 @@ py::object prepare_step(py::handle parameters, py::handle max_norm, py::handle n
   collect(grads, parameters.ptr(), Items::Parameters);
   // torch.amp.GradScaler refuses these, since they lose what scaling has kept; not where the optimizer unscales.
   if (in_place && grads.has(DType::F16)) return py::str("unscaling float16");
-  return with_norm_type(grads, p,
-                        [&](NormType type) { return fastclip::prepare_step(grads, threshold, type, scale, in_place); });
+  return with_statistics(grads, p, statistics, [&](NormType type, at::Tensor* values) {
+    return fastclip::prepare_step(grads, threshold, type, scale, in_place, values);
+  });
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
@@ -375,15 +347,20 @@ PYBIND11_MODULE(_C, m) {
   py::object parameter = py::module_::import("torch.nn").attr("Parameter");
   fc::parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   m.def("get_total_norm", &fc::get_total_norm);
-  m.def("clip_grad_norm_", &fc::clip_grad_norm_);
+  using py::handle;
+  m.def("clip_grad_norm_", [](handle parameters, handle max_norm, handle norm_type, handle error_if_nonfinite) {
+    return fc::clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, {});
+  });
+  m.def("clip_grad_norm_with_statistics", &fc::clip_grad_norm_);
   m.def("clip_grads_with_norm_", &fc::clip_grads_with_norm_);
   m.def("clip_grad_value_", &fc::clip_grad_value_);
   m.def("norm_of", &fc::norm_of);
   m.def("scale_by_norm_", &fc::scale_by_norm_);
   m.def("clamp_", &fc::clamp_);
-  m.def("prepare_step", &fc::prepare_step);
-  m.def("clip_grad_norm_with_statistics", &fc::clip_grad_norm_with_statistics);
-  m.def("prepare_step_with_statistics", &fc::prepare_step_with_statistics);
+  m.def("prepare_step", [](handle parameters, handle max_norm, handle norm_type, handle grad_scale, bool in_place) {
+    return fc::prepare_step(parameters, max_norm, norm_type, grad_scale, in_place, {});
+  });
+  m.def("prepare_step_with_statistics", &fc::prepare_step);
   m.def("norm_and_statistics_of", &fc::norm_and_statistics_of);
   m.def("count_native_call", &fastclip::count_native_call);
   m.def("native_calls", [] { return fastclip::native_calls.load(); });

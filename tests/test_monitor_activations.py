@@ -277,7 +277,7 @@ def test_under_vmap():
 
 
 def test_scripted_modules_take_no_hooks():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns((DeprecationWarning, FutureWarning)):  # the one until torch 2.13
         scripted = torch.jit.script(nn.ReLU())
     model = nn.Sequential(nn.Linear(4, 4), scripted, nn.Tanh())
     with fastclip.GradientMonitor(model, activations=True) as monitor:

@@ -27,11 +27,11 @@ class GradScaler(torch.amp.GradScaler):
                 self._prepare(optimizer)
             return super().step(optimizer, *args, **kwargs)
         finally:
-            optimizer._prepared, optimizer._is_recorded = None, False
+            optimizer._clipping.prepared, optimizer._clipping.is_recorded = None, False
 
     def _prepare(self, optimizer: ClippedOptimizer) -> None:
         scale, _ = self._check_scale_growth_tracker("step")
-        found_inf = optimizer._prepare_scaled(scale)
+        found_inf = optimizer._clipping.prepare_scaled(scale)
         if found_inf is not None:
             state = self._per_optimizer_states[id(optimizer)]
             state["stage"] = OptState.UNSCALED  # for torch's step: leave the gradients alone

@@ -57,7 +57,7 @@ def test_steps_as_with_torch(scaler_type, make, fold, unscales):
         assert torch.equal(weights(model), before) == (step == 3)
         if step != 3:
             torch.testing.assert_close(optimizer.last_total_norm, norm, rtol=1e-6, atol=0)
-        assert not left_behind(optimizer) and optimizer._prepared is None
+        assert not left_behind(optimizer) and optimizer._clipping.prepared is None
         for s, schedule in zip((torchs, scaler), schedulers, strict=True):
             s.update()
             schedule.step()
@@ -201,7 +201,7 @@ def test_after_an_interrupted_step_the_next_one_is_right(scaler_type, fold):
     with pytest.raises(KeyboardInterrupt):
         scaler.step(optimizer)
     handle.remove()
-    assert not left_behind(optimizer) and optimizer._prepared is None
+    assert not left_behind(optimizer) and optimizer._clipping.prepared is None
     scaler.update()
     set_grads(model, scaler, 1)
     before = weights(model)

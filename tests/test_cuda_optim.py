@@ -71,7 +71,7 @@ def test_a_folded_step_waits_for_nothing_and_clips_in_one_launch(max_norm):
     parameters, optimizer = make("cuda", max_norm=max_norm, sizes=(300_000, 17))
     set_grads(parameters, 0)
     with watch() as seen:
-        optimizer._clip()
+        optimizer._clipping.clip()
     assert_one_launch(seen)
     if EMULATED:
         (kernel,) = seen.kernels
@@ -93,7 +93,7 @@ def test_an_amp_step_is_one_launch(fold):
     scaler.scale(torch.ones(1, device="cuda"))
     set_grads(parameters, 0, 1024.0)
     with watch() as seen:
-        found_inf = optimizer._prepare_scaled(scaler._scale)
+        found_inf = optimizer._clipping.prepare_scaled(scaler._scale)
     assert_one_launch(seen)
     if EMULATED:
         (kernel,) = seen.kernels
@@ -101,7 +101,7 @@ def test_an_amp_step_is_one_launch(fold):
         assert 32 * kernel.stats.global_read_sectors <= (1 if fold else 2) * total + POLLS
         assert kernel.stats.global_written_bytes <= (0 if fold else total) + 16 * blocks + 64
     assert found_inf.item() == 0
-    optimizer._prepared = None
+    optimizer._clipping.prepared = None
     if fold:
         set_grads(parameters, 1, 1024.0)
         scaler.step(optimizer)
@@ -116,7 +116,7 @@ def test_a_threshold_on_the_device():
     parameters, optimizer = make("cuda", max_norm=torch.tensor(0.5, device="cuda"))
     set_grads(parameters, 0)
     with watch() as seen:
-        optimizer._clip()
+        optimizer._clipping.clip()
     assert_one_launch(seen)
     scale = optimizer.optimizer.grad_scale
     assert scale.is_cuda and scale.dtype == torch.float32

@@ -102,7 +102,7 @@ OPTIM_HEAD = ["case", "", "plain calls", "fastclip", "result", "aim"]
 OPTIM_NOTE = (
     "DistilGPT-2 (81.9 million parameters, float32) and an RL policy of 6 tensors, fused AdamW. Plain calls: torch's "
     "clip_grad_norm_ and step, with AMP unscale_ before and update after; for the 6 tensors fastclip's clip_grad_norm_ "
-    "and step, warm: after 20 such steps, cold: after other work. Medians of paired rounds, in brackets their 95% "
+    "and AdamW's step, or one that does nothing. Medians of paired rounds, in brackets their 95% "
     "bootstrap interval."
 )
 

@@ -2,6 +2,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/ScalarTypeToTypeMeta.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -10,6 +11,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <new>
 
 #include "clip_math.h"
 #ifdef FASTCLIP_CUDA
@@ -229,12 +232,21 @@ double rounded(double total_norm, at::ScalarType norm_dtype) {
   return norm_dtype == at::kDouble ? total_norm : static_cast<float>(total_norm);
 }
 
+// Not from torch's allocator: its alignment to 64 bytes costs 1,500 instructions for these eight bytes, a tenth of a
+// call on six tensors.
 at::Tensor number_tensor(double value, at::ScalarType dtype) {
-  at::Tensor result = at::detail::empty_cpu({}, dtype);
+  void* const memory = std::malloc(sizeof(double));
+  if (!memory) throw std::bad_alloc();
+  const auto as_bytes = c10::Storage::use_byte_size_t();
+  c10::Storage storage(as_bytes, c10::elementSize(dtype), c10::DataPtr(memory, memory, std::free, c10::kCPU),
+                       c10::GetDefaultCPUAllocator(), /*resizable=*/true);
+  at::Tensor result = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), DispatchKeySet(DispatchKey::CPU),
+                                                               c10::scalarTypeToTypeMeta(dtype));
+  result.unsafeGetTensorImpl()->set_sizes_contiguous({});
   if (dtype == at::kDouble) {
-    *result.mutable_data_ptr<double>() = value;
+    *static_cast<double*>(memory) = value;
   } else {
-    *result.mutable_data_ptr<float>() = static_cast<float>(value);
+    *static_cast<float*>(memory) = static_cast<float>(value);
   }
   return result;
 }

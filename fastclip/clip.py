@@ -143,7 +143,8 @@ def clip_grad_norm_(
         )
     if is_dynamo_compiling() and process_group is None and not process_groups:
         return compiled.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-    parameters = _parameters_of(parameters)
+    if type(parameters) is not list:  # two frames of Python less, 0.2 us
+        parameters = _parameters_of(parameters)
     if process_group is not None or process_groups:
         return distributed.clip_grad_norm_(
             parameters, max_norm, norm_type, error_if_nonfinite, process_group, process_groups

@@ -82,7 +82,7 @@ void for_each_piece(const at::Tensor& tensor, const Visit& visit) {
 
 Gradients::Gradients(Access access, size_t expected) : access_(access), expected_(expected) {}
 
-Group& Gradients::group_on(c10::Device device) {
+Group& Gradients::other_group_on(c10::Device device) {
   for (Group& group : groups_) {
     if (group.device == device) return group;
   }
@@ -153,13 +153,12 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
   return Added::Yes;
 }
 
-void Gradients::add(at::TensorImpl* grad, const char* argument, int64_t index) {
-  const Added added = add(grad);
+void Gradients::refuse(const at::TensorImpl& grad, Added added, const char* argument, int64_t index) {
   TORCH_CHECK(added != Added::NoMemory, argument, "[", index,
-              "]: expected a gradient with memory for its elements, got ", grad->unsafe_storage().nbytes(),
+              "]: expected a gradient with memory for its elements, got ", grad.unsafe_storage().nbytes(),
               " bytes of storage");
-  TORCH_CHECK_TYPE(added != Added::NotFloating, argument, "[", index, "]: expected a floating-point gradient, got ",
-                   "torch.", c10::getDtypeNames(grad->dtype().toScalarType()).first);
+  TORCH_CHECK_TYPE(false, argument, "[", index, "]: expected a floating-point gradient, got ", "torch.",
+                   c10::getDtypeNames(grad.dtype().toScalarType()).first);
 }
 
 void Gradients::own_all() {

@@ -59,7 +59,10 @@ class Gradients {
   // Throws torch's own error for what cannot be written in place (expanded, inference tensors).
   Added add(at::TensorImpl* grad);
   // The same for item `index` of an argument: throws a TypeError for NotFloating, a RuntimeError for NoMemory.
-  void add(at::TensorImpl* grad, const char* argument, int64_t index);
+  void add(at::TensorImpl* grad, const char* argument, int64_t index) {
+    const Added added = add(grad);
+    if (added != Added::Yes && added != Added::Fallback) refuse(*grad, added, argument, index);
+  }
   // Has torch do this call for a reason that lies outside of the gradients.
   Added fall_back(std::string reason);
   // Keeps a gradient alive that nobody else may own.
@@ -85,7 +88,11 @@ class Gradients {
   void check_clip_value(double clip_value) const;
 
  private:
-  Group& group_on(c10::Device device);
+  Group& group_on(c10::Device device) {
+    return !groups_.empty() && groups_[0].device == device ? groups_[0] : other_group_on(device);
+  }
+  Group& other_group_on(c10::Device device);
+  [[noreturn]] static void refuse(const at::TensorImpl& grad, Added added, const char* argument, int64_t index);
 
   Access access_;
   size_t expected_;

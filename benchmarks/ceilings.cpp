@@ -18,7 +18,12 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int64_t kVec = 64;           // bytes
+// Bytes of a register. Wider vectors than the processor has would go by way of the stack.
+#ifdef __AVX512F__
+constexpr int64_t kVec = 64;
+#else
+constexpr int64_t kVec = 32;
+#endif
 constexpr int64_t kGap = 65536;        // between two streams, as in fastclip's kernels
 constexpr int64_t kShareAlign = 4096;  // shares begin at pages
 using Word = uint64_t __attribute__((vector_size(kVec), aligned(kVec)));
@@ -80,7 +85,7 @@ uint64_t read(const char* p, int64_t size) {
   for (; i < size; i += kVec) acc[0] |= at(p + i);
   uint64_t any = 0;
   for (const Word& word : acc)
-    for (int lane = 0; lane < 8; ++lane) any |= word[lane];
+    for (int64_t lane = 0; lane < kVec / 8; ++lane) any |= word[lane];
   return any;
 }
 
@@ -177,7 +182,7 @@ void store_past_the_cache(char* p, Floats x) {
 #ifdef __SSE2__
   using Quad = float __attribute__((vector_size(16)));
   const Quad* parts = reinterpret_cast<const Quad*>(&x);
-  for (int i = 0; i < 4; ++i) __builtin_ia32_movntps(reinterpret_cast<float*>(p) + 4 * i, parts[i]);
+  for (int64_t i = 0; i < kVec / 16; ++i) __builtin_ia32_movntps(reinterpret_cast<float*>(p) + 4 * i, parts[i]);
 #else
   store<false>(p, x);
 #endif
@@ -214,7 +219,7 @@ double sum(const char* p, int64_t size) {
   }
   double total = 0;
   for (const Floats& part : acc)
-    for (int lane = 0; lane < 16; ++lane) total += part[lane];
+    for (int lane = 0; lane < kVec / 4; ++lane) total += part[lane];
   return total;
 }
 

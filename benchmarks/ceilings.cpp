@@ -124,7 +124,8 @@ uint64_t read_buffer(py::handle object, const std::string& way, bool alone) {
   if (way == "2 streams") one = read<2, 0>;
   if (way == "4 streams") one = read<4, 0>;
   if (way == "prefetch") one = read<1, 1024>;
-  if (!one) throw py::value_error("way: expected 1 stream, 2 streams, 4 streams or prefetch, got " + way);
+  if (way == "2 streams, prefetch") one = read<2, 1024>;
+  if (!one) throw py::value_error("way: expected 1, 2 or 4 streams, prefetch or 2 streams, prefetch; got " + way);
   const at::Tensor& buffer = tensor(object);
   std::vector<Partial> parts(at::get_num_threads());
   uint64_t any = 0;

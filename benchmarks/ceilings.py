@@ -46,7 +46,7 @@ def reads(buffer: torch.Tensor) -> dict[str, Callable[[], object]]:
     ways = {"torch.sum": lambda: torch.sum(floats), "torch.amax": lambda: torch.amax(floats)}
     if buffer.device.type != "cpu" or isinstance(native(), str):
         return ways
-    for way in ("1 stream", "2 streams", "4 streams", "prefetch"):
+    for way in ("1 stream", "2 streams", "4 streams", "prefetch", "2 streams, prefetch"):
         ways[way] = functools.partial(native().read, buffer, way, False)
         if buffer.nbytes <= SMALL:
             ways[f"{way}, 1 thread"] = functools.partial(native().read, buffer, way, True)

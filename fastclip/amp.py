@@ -16,18 +16,25 @@ class GradScaler(torch.amp.GradScaler):
     a gradient is not finite, the gradients stay as they were.
 
     Whatever else, and what has to go through torch's own functions (sparse gradients, norms other than 1, 2 and inf,
-    ``clip_value``, thresholds of single groups), is done as in torch.
+    ``clip_value``, thresholds of single groups, step pre hooks of the wrapper, which may change gradients), is done as
+    in torch.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(optimizer, ClippedOptimizer) or any(x is not None for x in (*args, *kwargs.values())):
+        if kwargs or any(x is not None for x in args) or not self._enabled or not _can_be_prepared(optimizer):
             return super().step(optimizer, *args, **kwargs)
+        clipping, state = optimizer._clipping, self._per_optimizer_states[id(optimizer)]
         try:
-            if self._enabled and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            if state["stage"] is OptState.READY:
                 self._prepare(optimizer)
-            return super().step(optimizer, *args, **kwargs)
+            return super().step(optimizer, *args)
+        except BaseException:
+            # Where the step folds the gradients still have their scale: the next attempt has to begin anew.
+            if clipping.prepared is not None and clipping.folds and state["stage"] is OptState.UNSCALED:
+                state["stage"] = OptState.READY
+            raise
         finally:
-            optimizer._clipping.prepared, optimizer._clipping.is_recorded = None, False
+            clipping.prepared, clipping.is_recorded = None, False
 
     def _prepare(self, optimizer: ClippedOptimizer) -> None:
         scale, _ = self._check_scale_growth_tracker("step")
@@ -36,3 +43,11 @@ class GradScaler(torch.amp.GradScaler):
             state = self._per_optimizer_states[id(optimizer)]
             state["stage"] = OptState.UNSCALED  # for torch's step: leave the gradients alone
             state["found_inf_per_device"] = {found_inf.device: found_inf}
+
+
+def _can_be_prepared(optimizer: torch.optim.Optimizer) -> bool:
+    # Pre hooks may change gradients, after which the norm would be another. A grad_scale that the user has set
+    # multiplies the scaler's own in torch.
+    return isinstance(optimizer, ClippedOptimizer) and not (
+        optimizer._optimizer_step_pre_hooks or "grad_scale" in vars(optimizer)
+    )

@@ -11,11 +11,8 @@ from torch.optim import Optimizer
 from fastclip import watching
 from fastclip.statistics import GradStatistics
 from fastclip.statistics import check as check_statistics
-from fastclip.step_clipping import StepClipping, Threshold, number
+from fastclip.step_clipping import AMP_ATTRIBUTES, StepClipping, Threshold, number
 
-# What torch.amp.GradScaler leaves on an optimizer for the time of its step: divide gradients by the one; do nothing
-# where the other is 1.
-_AMP_ATTRIBUTES = "grad_scale", "found_inf"
 _HOOKS = [
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -32,10 +29,33 @@ def _of_the_optimizer(name: str) -> property:
     )
 
 
-def _of_the_clipping(name: str) -> property:
-    return property(
-        lambda self: getattr(self._clipping, name), lambda self, value: setattr(self._clipping, name, value)
-    )
+def _of_the_clipping(name: str, check: Callable[[Any], Any] = lambda value: None) -> property:
+    def set_checked(self, value: Any) -> None:
+        check(value)
+        setattr(self._clipping, name, value)
+
+    return property(lambda self: getattr(self._clipping, name), set_checked)
+
+
+def _check_fold(value: bool | str) -> None:
+    if not (isinstance(value, bool) or value == "auto"):
+        raise ValueError(f'fold: expected "auto", True or False, got {value!r}')
+
+
+def _check_norm_type(value: float) -> None:
+    try:
+        float(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"norm_type: expected a number, got {value!r}") from None
+
+
+def _check_thresholds(max_norm: Threshold | None, clip_value: float | None) -> None:
+    if clip_value is not None and max_norm is not None:
+        raise ValueError("clip_value: expected None beside max_norm, got both")
+    if clip_value is not None:
+        number(clip_value, "clip_value")
+    if max_norm is not None and not callable(max_norm):
+        number(max_norm, "max_norm")
 
 
 class ClippedOptimizer(Optimizer):
@@ -81,15 +101,11 @@ class ClippedOptimizer(Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, ClippedOptimizer):
             raise TypeError("optimizer: expected one that is not clipped already, got ClippedOptimizer")
-        if not (isinstance(fold, bool) or fold == "auto"):
-            raise ValueError(f'fold: expected "auto", True or False, got {fold!r}')
-        if clip_value is not None and max_norm is not None:
-            raise ValueError("clip_value: expected None beside max_norm, got both")
-        if clip_value is not None:
-            number(clip_value, "clip_value")
+        _check_fold(fold)
+        _check_norm_type(norm_type)
+        _check_thresholds(max_norm, clip_value)
         if monitor is not None and not callable(getattr(monitor, "attach", None)):
             raise TypeError(f"monitor: expected a fastclip.GradientMonitor, got {type(monitor).__name__}")
-        _check_threshold(max_norm)
         self.__setstate__(
             {
                 "optimizer": optimizer,
@@ -114,8 +130,17 @@ class ClippedOptimizer(Optimizer):
 
     @max_norm.setter
     def max_norm(self, value: Threshold | None) -> None:
-        _check_threshold(value)
+        _check_thresholds(value, self.clip_value)
         self._clipping.max_norm = value
+
+    @property
+    def clip_value(self) -> float | None:
+        return self._clipping.clip_value
+
+    @clip_value.setter
+    def clip_value(self, value: float | None) -> None:
+        _check_thresholds(self.max_norm, value)
+        self._clipping.clip_value = value
 
     @property
     def statistics(self) -> GradStatistics | None:
@@ -127,9 +152,8 @@ class ClippedOptimizer(Optimizer):
             check_statistics(value)
         self._clipping.statistics = value
 
-    norm_type = _of_the_clipping("norm_type")
-    fold = _of_the_clipping("fold")
-    clip_value = _of_the_clipping("clip_value")
+    norm_type = _of_the_clipping("norm_type", _check_norm_type)
+    fold = _of_the_clipping("fold", _check_fold)
     steps = _of_the_clipping("steps")
     monitors = _of_the_clipping("monitors")
 
@@ -162,14 +186,15 @@ class ClippedOptimizer(Optimizer):
         own = self.__dict__  # other ways to its items pass by __getattr__
         clipping = own["_clipping"]
         optimizer = clipping.optimizer
+        call = None  # (args, kwargs) for the hooks, which may come to be while the optimizer steps
         try:
             # The hooks of this very optimizer. Those of all optimizers run around the inner step.
             pre_hooks, post_hooks = own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"]
-            if pre_hooks or post_hooks:
-                args, kwargs = (self, closure), {}
+            if pre_hooks:
+                call = _call_of_step(self, closure)
                 for hook in pre_hooks.values():
-                    args, kwargs = _first_given(hook(self, args, kwargs), (args, kwargs))
-                closure = _closure(*args[1:], **kwargs)
+                    call = _checked_call(hook(self, *call), call)
+                closure = _closure(*call[0][1:], **call[1])
             grad_scale, found_inf = own.get("grad_scale"), own.get("found_inf")
             if closure is None:
                 clipping.clip(grad_scale, found_inf)
@@ -178,23 +203,25 @@ class ClippedOptimizer(Optimizer):
                 result = optimizer.step(clipping.clipped(closure, grad_scale, found_inf))
             clipping.steps += 1
             if post_hooks:
+                call = call or _call_of_step(self, closure)
                 for hook in post_hooks.values():
-                    hook(self, args, kwargs)
+                    hook(self, *call)
             return result
         except BaseException:
             _forget(own)  # a GradScaler does it after a step that ended well
             raise
         finally:
-            attributes = optimizer.__dict__
-            if "grad_scale" in attributes or "found_inf" in attributes:
-                _forget(attributes)
+            if clipping.honours_grad_scale:  # or what has this name is something else, the optimizer's own
+                attributes = optimizer.__dict__
+                if "grad_scale" in attributes or "found_inf" in attributes:
+                    _forget(attributes)
 
     step.hooked = True  # or torch would put its own hooks around it, those of all optimizers a second time
 
     # Asked by GradScaler. Where the step does not fold, it unscales the gradients and leaves bad steps out itself.
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return self._clipping.folds
+        return self._clipping.folds_scaled
 
     # ---- everything else is the optimizer's ----
 
@@ -202,8 +229,9 @@ class ClippedOptimizer(Optimizer):
     param_groups = _of_the_optimizer("param_groups")
     defaults = _of_the_optimizer("defaults")
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's own, which takes ``set_to_none=True`` in torch and nothing at all in some others."""
+        self.optimizer.zero_grad(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)
@@ -232,9 +260,9 @@ class ClippedOptimizer(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         # What only some optimizers have, but nothing that a GradScaler may have left on the one inside.
-        if name == "_clipping" or name in _AMP_ATTRIBUTES:
+        if name == "_clipping" or name in AMP_ATTRIBUTES:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.optimizer, name)
+        return getattr(self._clipping.optimizer, name)
 
     def __repr__(self) -> str:
         limit = f"max_norm={self.max_norm}" if self.clip_value is None else f"clip_value={self.clip_value}"
@@ -243,7 +271,7 @@ class ClippedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, hooks stay behind, and so does what schedulers put on an instance. Statistics and monitors are
         # the user's objects: copies and unpickled optimizers fill none.
-        names = "optimizer", "max_norm", "norm_type", "fold", "clip_value", "steps"
+        names = "optimizer", "max_norm", "norm_type", "fold", "clip_value", "steps", "honours_grad_scale"
         return {name: getattr(self._clipping, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -257,14 +285,23 @@ class ClippedOptimizer(Optimizer):
 _step_outside_of_graphs = torch._disable_dynamo(ClippedOptimizer.step)
 
 
-def _check_threshold(value: Threshold | None) -> None:
-    if value is not None and not callable(value):
-        number(value, "max_norm")
-
-
 def _forget(attributes: dict[str, Any]) -> None:
-    for name in _AMP_ATTRIBUTES:
+    for name in AMP_ATTRIBUTES:
         attributes.pop(name, None)
+
+
+def _call_of_step(optimizer: ClippedOptimizer, closure: Callable[[], Any] | None) -> tuple[tuple, dict[str, Any]]:
+    """What a step's hooks get to see as its args and kwargs."""
+    return ((optimizer,) if closure is None else (optimizer, closure)), {}
+
+
+def _checked_call(changed: Any, call: tuple[tuple, dict[str, Any]]) -> tuple[tuple, dict[str, Any]]:
+    """The args and kwargs that a pre hook has returned, or those that it was given."""
+    if changed is None:
+        return call
+    if isinstance(changed, tuple) and len(changed) == 2:
+        return changed
+    raise RuntimeError(f"step pre hook: expected None or a tuple of (new_args, new_kwargs), got {changed!r}")
 
 
 def _closure(closure: Callable[[], Any] | None = None) -> Callable[[], Any] | None:

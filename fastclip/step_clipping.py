@@ -18,6 +18,10 @@ from fastclip.counters import count_fallback
 from fastclip.statistics import COLUMNS, GradStatistics
 from fastclip.statistics import by_torch as statistics_by_torch
 
+# What torch.amp.GradScaler leaves on an optimizer for the time of its step: divide gradients by the one; do nothing
+# where the other is 1.
+AMP_ATTRIBUTES = "grad_scale", "found_inf"
+
 Threshold = float | Tensor | Callable[[int], float | Tensor]
 
 
@@ -50,6 +54,7 @@ class StepClipping:
         fold: bool | str,
         clip_value: float | None,
         steps: int = 0,
+        honours_grad_scale: bool | None = None,
     ):
         self.optimizer = optimizer
         self.max_norm = max_norm
@@ -62,7 +67,9 @@ class StepClipping:
         self.last: tuple[Tensor | None, float | Tensor | None] = None, None  # total_norm and max_norm, last step
         self.prepared: tuple[Tensor | None] | None = None  # by fastclip.GradScaler: what the step has to divide by
         self.is_recorded = False  # the coming step, since fastclip.GradScaler has looked at it
-        self.honours_grad_scale = _honours_grad_scale(optimizer)
+        if honours_grad_scale is None:  # not a copy, whose optimizer has lost the attribute that tells
+            honours_grad_scale = _honours_grad_scale(optimizer)
+        self.honours_grad_scale = honours_grad_scale
 
     @property
     def last_clip_coef(self) -> Tensor | None:
@@ -90,6 +97,8 @@ class StepClipping:
 
         def evaluate() -> Any:
             loss = closure()
+            for name in AMP_ATTRIBUTES if self.honours_grad_scale else ():  # of the evaluation before
+                self.optimizer.__dict__.pop(name, None)
             self.clip(grad_scale, found_inf, is_recorded=next(evaluations) == 0)
             return loss
 
@@ -114,7 +123,7 @@ class StepClipping:
             recording.finish(total_norm, max_norm, self.norm_type, grad_scale)
 
     def _clip_unwatched(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if self.clip_value is not None:
+        if self.clip_value is not None and not self._has_own_thresholds():
             if self.statistics is not None:
                 self.statistics.values = self._rows_of(self._all_parameters())
             clip.clip_grad_value_(self._parameters(), self.clip_value)
@@ -155,9 +164,12 @@ class StepClipping:
             self.last = _plain(norm), max_norm
         if calls:
             calls.gather(self._all_parameters(), self._rows_of)
+        if self.clip_value is not None:
+            clip.clip_grad_value_(self._parameters(), self.clip_value)
 
     def _threshold(self, value: Threshold, argument: str = "max_norm") -> float | Tensor:
-        return number(value(self.steps) if callable(value) else value, argument)
+        value = number(value(self.steps) if callable(value) else value, argument)
+        return value.detach() if isinstance(value, Tensor) else value
 
     # ---- folding ----
 
@@ -175,6 +187,14 @@ class StepClipping:
     def folds(self) -> bool:
         return self._foldable() is not None
 
+    @property
+    def folds_scaled(self) -> bool:
+        """Whether the step takes over gradients with a GradScaler's scale as well.
+
+        Not where torch takes the norm in the gradients' dtype: 65536^10 is beyond float32.
+        """
+        return self.folds and float(self.norm_type) in (1, 2, float("inf"))
+
     def check_fold(self) -> None:
         if self.fold is True and not self.folds:
             raise ValueError(
@@ -188,7 +208,7 @@ class StepClipping:
     def _read_norm(self, parameters: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
         """Reads the norm and returns what the optimizer has to divide by, None for 1."""
         max_norm = self.max_norm
-        if callable(max_norm):
+        if not isinstance(max_norm, (float, int)):
             max_norm = self._threshold(max_norm)
         reason = None
         if _C:
@@ -266,6 +286,9 @@ class StepClipping:
             count_fallback(result)
         return statistics_by_torch(grads, self.norm_type)
 
+    def _has_own_thresholds(self) -> bool:
+        return any(group.get("max_norm") is not None for group in self.optimizer.param_groups)
+
     def _parameters(self) -> list[Tensor]:
         """Those that have no threshold of their own."""
         return [p for group in self.optimizer.param_groups if "max_norm" not in group for p in group["params"]]
@@ -333,5 +356,6 @@ def _honours_grad_scale(optimizer: Optimizer) -> bool:
     """
     if type(optimizer) in (SGD, Adam, AdamW, Adagrad):
         return True
-    parameters = inspect.signature(optimizer.step).parameters
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and "grad_scaler" not in parameters
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    return "grad_scaler" not in inspect.signature(optimizer.step).parameters

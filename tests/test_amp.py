@@ -210,6 +210,71 @@ def test_after_an_interrupted_step_the_next_one_is_right(scaler_type, fold):
 
 
 @scalers
+@folds
+@pytest.mark.parametrize("how", ["interrupted", "closure=None"])
+def test_a_second_attempt_before_the_update(scaler_type, fold, how):
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = ClippedOptimizer(SGD([parameter], 1.0, fused=fold), 100.0)
+    scaler = new_scaler(scaler_type)
+    parameter.grad = torch.full((4,), 3 * 2.0**10)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if how == "interrupted":
+        handle = optimizer.optimizer.register_step_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scaler.step(optimizer)
+        handle.remove()
+    else:
+        with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
+            scaler.step(optimizer, closure=None)
+        assert torch.equal(parameter.grad, torch.full((4,), 3 * 2.0**10))
+    scaler.step(optimizer)
+    assert torch.equal(parameter, torch.full((4,), -3.0))
+    with pytest.raises(RuntimeError, match="already been called since the last update"):
+        scaler.step(optimizer)
+
+
+@scalers
+@folds
+def test_pre_hooks_change_gradients_before_the_norm_is_taken(scaler_type, fold):
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = ClippedOptimizer(SGD([parameter], 1.0, fused=fold), 1.0)
+    scaler = new_scaler(scaler_type)
+    parameter.grad = torch.full((4,), 2.0**10)
+
+    def change(*_):
+        parameter.grad *= 100
+
+    optimizer.register_step_pre_hook(change)
+    scaler.step(optimizer)
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), -0.5))
+
+
+@scalers
+def test_a_grad_scale_of_the_users_own_multiplies_the_scalers(scaler_type):
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = ClippedOptimizer(SGD([parameter], 1.0, fused=True), 100.0)
+    scaler = new_scaler(scaler_type)
+    parameter.grad = torch.full((4,), 12 * 2.0**10)
+    optimizer.grad_scale = torch.tensor(4.0)
+    scaler.step(optimizer)
+    assert torch.equal(parameter, torch.full((4,), -3.0)) and optimizer.last_total_norm == 6
+
+
+@scalers
+def test_a_norm_of_high_order_is_taken_without_the_scale(scaler_type):
+    """(3 * 2^16)^10 is beyond float32."""
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = ClippedOptimizer(SGD([parameter], 1.0, fused=True), 1.0, norm_type=10.0)
+    scaler = new_scaler(scaler_type, init_scale=2.0**16)
+    parameter.grad = torch.full((4,), 3 * 2.0**16)
+    scaler.step(optimizer)
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), -(4**-0.1)))
+
+
+@scalers
 def test_disabled_several_optimizers_and_others(scaler_type):
     model, other = make_model(), make_model()
     optimizer, bare = ClippedOptimizer(SGD(model.parameters(), 1.0), 1.0), AdamW(other.parameters(), fused=True)

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import fastclip
 from fastclip import ClippedOptimizer
+from fastclip.statistics import COLUMNS
 
 FUSED = {
     "sgd": lambda p: SGD(p, 0.05, momentum=0.9, nesterov=True, fused=True),
@@ -215,6 +216,34 @@ def test_clip_value():
     assert optimizer.last_total_norm is None and optimizer.last_clip_coef is None
 
 
+def test_clip_value_beside_a_group_with_a_norm_of_its_own():
+    a, b, c = make_parameters([torch.full((5,), 2.0), torch.full((4,), 10.0), torch.full((3,), 7.0)])
+    for p in (a, b, c):
+        p.data = torch.zeros_like(p.grad)
+    groups = [{"params": [a]}, {"params": [b], "max_norm": 1.0}, {"params": [c], "max_norm": None}]
+    statistics = fastclip.GradStatistics()
+    optimizer = ClippedOptimizer(SGD(groups, 0.0), clip_value=0.5, statistics=statistics)
+    optimizer.step()
+    assert torch.equal(a.grad, torch.full((5,), 0.5)) and torch.equal(c.grad, torch.full((3,), 7.0))
+    torch.testing.assert_close(b.grad, torch.full((4,), 0.5))
+    assert statistics.values[:, COLUMNS.index("abs_max")].tolist() == [2, 10, 7]  # before clipping
+    b.grad.fill_(10)
+    optimizer.param_groups[1]["max_norm"] = -1.0
+    with pytest.raises(ValueError, match=r"param_groups\[1\]"):
+        optimizer.step()
+
+
+def test_a_threshold_that_requires_grad():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.ones(4)
+    optimizer = ClippedOptimizer(SGD([parameter], 1.0, fused=True), torch.nn.Parameter(torch.tensor(0.5)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), -0.25))
+    assert not optimizer.last_clip_coef.requires_grad
+
+
 def test_errors():
     model = make_model()
     inner = AdamW(model.parameters(), fused=True)
@@ -230,12 +259,26 @@ def test_errors():
         (ValueError, "fold: expected with True", (inner,), {"clip_value": 1.0, "fold": True}),
         (ValueError, "fold: expected \"auto\", True or False, got 'always'", (inner, 1.0), {"fold": "always"}),
         (ValueError, "fold: expected with True", (LBFGS(model.parameters()), 1.0), {"fold": True}),
+        (ValueError, "norm_type: expected a number, got 'two'", (inner, 1.0, "two"), {}),
+        (TypeError, "norm_type: expected a number, got None", (inner, 1.0, None), {}),
     ]:
         with pytest.raises(error, match=message):
             ClippedOptimizer(*args, **kwargs)
-    with pytest.raises(ValueError, match="max_norm"):
-        wrapped.max_norm = -2.0
-    assert wrapped.max_norm == 1.0
+    by_value = ClippedOptimizer(inner, clip_value=1.0)
+    for optimizer, name, value in [
+        (wrapped, "max_norm", -2.0),
+        (wrapped, "norm_type", "two"),
+        (wrapped, "fold", "always"),
+        (wrapped, "clip_value", 0.5),  # there is a max_norm
+        (by_value, "clip_value", NAN),
+        (by_value, "max_norm", 1.0),
+    ]:
+        before = getattr(optimizer, name)
+        with pytest.raises(ValueError, match=f"(?:{name}|clip_value): expected"):
+            setattr(optimizer, name, value)
+        assert getattr(optimizer, name) is before
+    wrapped.max_norm = None
+    wrapped.clip_value = 0.5
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -319,6 +362,34 @@ def test_a_closure_returns_its_loss_and_is_clipped(fold):
     torch.testing.assert_close(weights(model), weights(plain), rtol=1e-6, atol=1e-9)
 
 
+class Twice(torch.optim.Optimizer):
+    """Folds, evaluates its closure twice, and takes the second gradient."""
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure):
+        for _ in range(2):
+            closure()
+        (parameter,) = self.param_groups[0]["params"]
+        parameter -= parameter.grad / getattr(self, "grad_scale", 1)
+
+
+def test_a_factor_is_that_of_the_last_evaluation():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    values = iter([100.0, 0.125])
+
+    def closure():
+        parameter.grad = torch.full((4,), next(values))
+
+    optimizer = ClippedOptimizer(Twice([parameter]), 1.0, fold=True)
+    optimizer.step(closure)
+    assert torch.equal(parameter, torch.full((4,), -0.125)) and not left_behind(optimizer)
+
+
 # ---- what is left behind, and hooks ----
 
 
@@ -339,6 +410,25 @@ def test_an_interrupted_step_leaves_nothing_behind(error, where):
     with pytest.raises(error):
         optimizer.step(interrupt if where == "closure" else None)
     assert not left_behind(optimizer)
+
+
+def test_an_attribute_of_another_meaning_is_left_alone():
+    class Scaled(SGD):  # by a constant of its own
+        def __init__(self, params):
+            super().__init__(params, 1.0)
+            self.grad_scale = 4.0
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                parameter -= parameter.grad / self.grad_scale
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.full((1,), 8.0)
+    optimizer = ClippedOptimizer(Scaled([parameter]), 100.0)
+    optimizer.step()
+    optimizer.step()
+    assert parameter.item() == -4 and optimizer.optimizer.grad_scale == 4
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -390,6 +480,30 @@ def test_a_pre_hook_may_change_gradients_and_arguments():
     optimizer.step()
     torch.testing.assert_close(optimizer.last_total_norm, want)
     assert closures == [1]
+
+
+def test_hooks_have_the_arguments_that_they_have_in_torch():
+    def calls_of(optimizer):
+        seen = []
+
+        def post(optimizer, args, kwargs):
+            seen.append(("post", args[1:], kwargs))
+
+        def closure():
+            optimizer.register_step_post_hook(post)  # runs from this step on
+
+        optimizer.register_step_pre_hook(lambda _, args, kwargs: seen.append(("pre", args[1:], kwargs)))
+        optimizer.step()
+        optimizer.step(closure)
+        (of_step,) = [args for name, args, _ in seen if name == "post"]
+        assert of_step == (closure,)
+        return [(name, len(args), kwargs) for name, args, kwargs in seen]
+
+    model, optimizer = adamw()
+    assert calls_of(optimizer) == calls_of(AdamW(model.parameters()))
+    optimizer.register_step_pre_hook(lambda *_: 5)
+    with pytest.raises(RuntimeError, match=r"expected None or a tuple of .new_args, new_kwargs., got 5"):
+        optimizer.step()
 
 
 def test_state_dict_hooks():
@@ -469,6 +583,8 @@ def test_it_is_an_optimizer_with_the_same_attributes():
     assert "max_norm=1.0" in repr(optimizer) and "AdamW" in repr(optimizer)
     inner.grad_scale = 2
     assert not hasattr(optimizer, "grad_scale")
+    empty = ClippedOptimizer.__new__(ClippedOptimizer)  # as a debugger sees it while __init__ raises
+    assert not hasattr(empty, "optimizer") and not hasattr(empty, "state")
 
 
 def test_zero_grad_and_add_param_group():
@@ -483,6 +599,17 @@ def test_zero_grad_and_add_param_group():
     more.grad = torch.full((2,), 10.0)
     optimizer.step()
     assert optimizer.last_total_norm.item() == pytest.approx(10 * 2**0.5) and optimizer.state[more]["step"] == 1
+
+
+def test_zero_grad_of_an_optimizer_that_takes_no_argument():
+    class Mine(SGD):
+        def zero_grad(self):
+            self.zeroed = True
+
+    model = make_model()
+    optimizer = ClippedOptimizer(Mine(model.parameters(), 0.1), 1.0)
+    optimizer.zero_grad()
+    assert optimizer.zeroed
 
 
 def test_checkpoints_of_the_bare_optimizer_and_back():
@@ -531,6 +658,21 @@ def test_copies_go_on_alike(copied):
     for p, q in zip(mine, theirs, strict=True):
         assert torch.equal(p, q) and p is not q
     other.register_step_pre_hook(lambda *_: None)
+
+
+class OwnAdamW(AdamW):
+    pass
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_of_a_subclass_fold_as_well(copied):
+    """torch's copies lose the attribute by which anybody could tell that they honour grad_scale."""
+    model = make_model()
+    other = copied(ClippedOptimizer(OwnAdamW(model.parameters(), fused=True), 1.0, fold=True))
+    for p in other.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    other.step()
+    assert other.last_clip_coef < 1
 
 
 def test_setstate_of_the_optimizer():

@@ -229,9 +229,9 @@ class ClippedOptimizer(Optimizer):
     param_groups = _of_the_optimizer("param_groups")
     defaults = _of_the_optimizer("defaults")
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """The optimizer's own, which takes ``set_to_none=True`` in torch and nothing at all in some others."""
-        self.optimizer.zero_grad(*args, **kwargs)
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """The optimizer's own. None: as it does by default; some take no argument."""
+        self.optimizer.zero_grad(*(() if set_to_none is None else (set_to_none,)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import warnings
@@ -610,6 +611,7 @@ def test_zero_grad_of_an_optimizer_that_takes_no_argument():
     optimizer = ClippedOptimizer(Mine(model.parameters(), 0.1), 1.0)
     optimizer.zero_grad()
     assert optimizer.zeroed
+    assert "set_to_none" in inspect.signature(optimizer.zero_grad).parameters  # what accelerate asks
 
 
 def test_checkpoints_of_the_bare_optimizer_and_back():

@@ -7,6 +7,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "adaptive.h"
 #include "clip.h"
 #include "cpu/dispatch.h"
 #ifdef FASTCLIP_CUDA
@@ -143,6 +144,31 @@ void collect(Gradients& grads, PyObject* list, Items items) {
       grads.own_all();  // foreign code may drop gradients that were read before
       add_by_attribute(grads, item, items, i);
     }
+  }
+}
+
+// Reads all parameters that have a gradient, and these.
+void collect_with_weights(Gradients& weights, Gradients& grads, PyObject* list) {
+  const bool sequence = PyList_Check(list) || PyTuple_Check(list);
+  for (Py_ssize_t i = 0; i < (sequence ? PySequence_Fast_GET_SIZE(list) : 1); ++i) {
+    const auto item = py::reinterpret_borrow<py::object>(sequence ? PySequence_Fast_GET_ITEM(list, i) : list);
+    if (!THPVariable_Check(item.ptr())) {
+      raise(PyExc_TypeError,
+            at_index(Items::Parameters, i) + ": expected a torch.Tensor, got " + Py_TYPE(item.ptr())->tp_name);
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+    const int64_t before = grads.count();
+    if (has_exact_type(item.ptr())) {
+      const at::Tensor& grad = tensor.grad();
+      if (grad.defined()) grads.add(grad.unsafeGetTensorImpl(), argument_name(Items::Parameters), i);
+    } else {
+      grads.own_all();
+      weights.own_all();
+      add_by_attribute(grads, item.ptr(), Items::Parameters, i);
+    }
+    if (grads.count() == before) continue;
+    weights.add(tensor.unsafeGetTensorImpl(), argument_name(Items::Parameters), i);
+    if (!has_exact_type(item.ptr())) weights.keep(tensor);
   }
 }
 
@@ -283,6 +309,21 @@ py::object clip_grad_value_(py::handle parameters, py::handle clip_value) {
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+py::object clip_grad_adaptive_(py::handle parameters, double clipping, double eps, double norm_type) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::clip_grad_adaptive_", {});
+  Gradients weights(Access::Read, expected_size(parameters)), grads(Access::Write, expected_size(parameters));
+  collect_with_weights(weights, grads, parameters.ptr());
+  if (grads.none() && grads.fallback_reason().empty()) return nothing_to_do();
+  const std::string reason = why_not_adaptive(weights, grads, norm_type);
+  if (!reason.empty()) return py::str(reason);
+  count_native_call();
+  weights.own_all();
+  run(grads, [&] { clip_grad_adaptive(weights, grads, {*fused_norm_type(norm_type), clipping, eps}); });
+  return py::none();
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 // The parts that a call over several ranks is made of. They take gradients, not parameters, and are not counted: the
 // call is. The reason that they return is why torch has to do this part.
 
@@ -354,6 +395,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("clip_grad_norm_with_statistics", &fc::clip_grad_norm_);
   m.def("clip_grads_with_norm_", &fc::clip_grads_with_norm_);
   m.def("clip_grad_value_", &fc::clip_grad_value_);
+  m.def("clip_grad_adaptive_", &fc::clip_grad_adaptive_);
   m.def("norm_of", &fc::norm_of);
   m.def("scale_by_norm_", &fc::scale_by_norm_);
   m.def("clamp_", &fc::clamp_);

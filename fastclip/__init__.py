@@ -4,6 +4,7 @@ import os
 
 from fastclip._native import build_info
 from fastclip._version import __version__
+from fastclip.adaptive import clip_grad_adaptive_
 from fastclip.amp import GradScaler
 from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from fastclip.counters import counters, reset_counters
@@ -18,6 +19,7 @@ __all__ = [
     "GradientMonitor",
     "__version__",
     "build_info",
+    "clip_grad_adaptive_",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",

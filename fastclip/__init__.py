@@ -8,6 +8,7 @@ from fastclip.adaptive import clip_grad_adaptive_
 from fastclip.amp import GradScaler
 from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from fastclip.counters import counters, reset_counters
+from fastclip.groups import clip_grad_norms_
 from fastclip.optim import ClippedOptimizer
 from fastclip.patching import is_patched, patch, patched, unpatch
 from fastclip.statistics import GradStatistics
@@ -21,6 +22,7 @@ __all__ = [
     "build_info",
     "clip_grad_adaptive_",
     "clip_grad_norm_",
+    "clip_grad_norms_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "counters",

@@ -69,7 +69,9 @@ def test_shapes(device, dtype, norm_type):
 def test_dtypes_that_differ(device, weight_dtype, grad_dtype):
     if not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("torch before 2.10 has gradients of the parameter's dtype only")
-    check([make((20, 37), weight_dtype, grad_dtype, device=device), make((11,), weight_dtype, grad_dtype, device=device)])
+    check(
+        [make((20, 37), weight_dtype, grad_dtype, device=device), make((11,), weight_dtype, grad_dtype, device=device)]
+    )
 
 
 def test_large_units_and_threads(device):
@@ -148,7 +150,9 @@ def test_nonfinite_values(device, where, bad):
         torch.testing.assert_close(one.grad.cpu(), other.grad, equal_nan=True)
 
 
-@pytest.mark.parametrize("clipping, eps", [(0.0, 1e-3), (0.01, 0.0), (1e-7, 1e-3), (1.0, 1e-6), (INF, 1e-3), (1e-20, 1e-20)])
+@pytest.mark.parametrize(
+    "clipping, eps", [(0.0, 1e-3), (0.01, 0.0), (1e-7, 1e-3), (1.0, 1e-6), (INF, 1e-3), (1e-20, 1e-20)]
+)
 def test_edges_of_the_formula(device, clipping, eps):
     """Zero weights, zero gradients, norms under the floor of 1e-6, coefficients that float32 cannot hold."""
     weights = torch.stack([torch.zeros(8), torch.ones(8), torch.full((8,), 1e-9), torch.full((8,), 1e30)] * 3)

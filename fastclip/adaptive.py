@@ -41,7 +41,7 @@ def clip_grad_adaptive_(
         ValueError: ``clipping`` or ``eps`` is negative or NaN.
     """
     clipping, eps = _not_negative(clipping, "clipping"), _not_negative(eps, "eps")
-    order = _number(norm_type, "norm_type")
+    order = number(norm_type, "norm_type")
     parameters = _parameters_of(parameters)
     if watching.watchers and (recording := watching.begin(parameters)):
         recording.measure()
@@ -52,7 +52,8 @@ def clip_grad_adaptive_(
         count_fallback(reason)
 
 
-def _number(given: float, argument: str) -> float:
+def number(given: float | Tensor, argument: str) -> float:
+    """``float(given)``, whose error names the argument."""
     try:
         return float(given)
     except (TypeError, ValueError) as error:
@@ -60,10 +61,10 @@ def _number(given: float, argument: str) -> float:
 
 
 def _not_negative(given: float, argument: str) -> float:
-    number = _number(given, argument)
-    if not number >= 0:
+    value = number(given, argument)
+    if not value >= 0:
         raise ValueError(f"{argument}: expected a number of at least 0, got {given!r}")
-    return number
+    return value
 
 
 @torch.no_grad()

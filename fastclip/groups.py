@@ -8,10 +8,12 @@ from torch import Tensor
 
 from fastclip import watching
 from fastclip._native import _C, NOT_BUILT
+from fastclip.adaptive import number
 from fastclip.clip import Tensors, _as_sequence, clip_grads_with_norm_, get_total_norm
 from fastclip.counters import count_fallback
 
 MaxNorms = float | Tensor | Sequence[float | Tensor | None]
+INF = math.inf
 _PLAIN = {list, tuple, Tensor, torch.nn.Parameter}
 
 
@@ -49,15 +51,16 @@ def clip_grad_norms_(
     if watching.watchers and (recording := watching.begin([p for group in groups for p in _members(group)])):
         recording.measure()
         recording.finish(None, None)
+    order = number(norm_type, "norm_type")
     reason = NOT_BUILT
     if _C:
-        result = _C.clip_grad_norms_(groups, max_norms, float(norm_type), bool(error_if_nonfinite))
+        result = _C.clip_grad_norms_(groups, max_norms, order, bool(error_if_nonfinite))
         if result is None:
             return torch.zeros(len(groups))
         if type(result) is not str:
             return result
         reason = result
-    result = _one_by_one(groups, max_norms, norm_type, error_if_nonfinite)
+    result = _one_by_one(groups, max_norms, order, error_if_nonfinite)
     count_fallback(reason)
     return result
 
@@ -85,7 +88,7 @@ def _as_max_norms(max_norms: MaxNorms, count: int) -> float | Tensor | list:
     elif isinstance(max_norms, Iterable) and not isinstance(max_norms, str):
         max_norms = list(max_norms)
     else:
-        return math.inf if max_norms is None else max_norms
+        return INF if max_norms is None else max_norms
     if len(max_norms) != count:
         raise ValueError(f"max_norms: expected one for each of {count} groups, got {len(max_norms)}")
     return max_norms
@@ -95,6 +98,12 @@ def _one_by_one(
     groups: list[Tensor | list | tuple], max_norms: float | Tensor | list, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
     """A call for each group. All norms come first: nothing is modified where one of them is an error."""
+    if isinstance(max_norms, Tensor):
+        max_norms = max_norms.tolist()
+    if isinstance(max_norms, list):
+        limits = [INF if given is None else number(given, f"max_norms[{g}]") for g, given in enumerate(max_norms)]
+    else:
+        limits = [number(max_norms, "max_norms")] * len(groups)
     owners = {}
     for g, group in enumerate(groups):
         for i, parameter in enumerate(_members(group)):
@@ -112,14 +121,13 @@ def _one_by_one(
         for g, norm in enumerate(plain):
             if not math.isfinite(norm):
                 raise RuntimeError(
-                    f"The total norm of order {float(norm_type)} for gradients from `groups[{g}]` is non-finite, so it "
+                    f"The total norm of order {norm_type} for gradients from `groups[{g}]` is non-finite, so it "
                     "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, "
                     "set `error_if_nonfinite=False`"
                 )
-    for g, group in enumerate(groups):
-        max_norm = max_norms[g] if isinstance(max_norms, (list, Tensor)) else max_norms
-        if max_norm is not None and float(max_norm) != math.inf and grads[g]:
-            clip_grads_with_norm_(group, max_norm, norms[g])
+    for group, of_group, limit, norm in zip(groups, grads, limits, norms, strict=True):
+        if limit != INF and of_group:
+            clip_grads_with_norm_(group, limit, norm)
     device = next((norm.device for norm, of_group in zip(plain, grads, strict=True) if of_group), None)
     dtypes = {norm.dtype for norm, of_group in zip(plain, grads, strict=True) if of_group}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cuda_support import watch
 from oracle import check_scaled, total_norm
 from support import DTYPES, INF, NAN, dtypes, norm_types
 
@@ -226,3 +227,17 @@ def test_numbers(name):
             fastclip.clip_grad_adaptive_([make((2, 3))], **{name: given})
     parameter = make((2, 3))
     check([parameter], **{name: torch.tensor(0.25)})
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_device")
+@pytest.mark.parametrize("count, launches", [(1, 1), (300, 1), (900, 2)])
+def test_launches(count, launches):
+    """One launch for some 800 tensors; nothing is waited for, nothing copied."""
+    data = torch.randn(2, count * 12, device="cuda")
+    parameters = [torch.nn.Parameter(w.view(3, 4)) for w in data[0].split(12)]
+    for parameter, grad in zip(parameters, data[1].split(12), strict=True):
+        parameter.grad = grad.view(3, 4)
+    with watch() as seen:
+        fastclip.clip_grad_adaptive_(parameters)
+    assert (seen.launches, seen.synchronisations, seen.copies) == (launches, [], 0)

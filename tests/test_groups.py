@@ -4,10 +4,17 @@ import math
 
 import pytest
 import torch
+from cuda_support import watch
 from oracle import check_norm, check_scaled, total_norm
 from support import DTYPES, INF, LARGE, NAN, clone, dtypes, make_parameters, norm_types
 
 import fastclip
+from fastclip._native import _C
+
+
+def on_device(count, size=70):
+    """A group for each of `count` gradients, cut from one tensor."""
+    return [[p] for p in make_parameters(torch.randn(count * size, device="cuda").split(size))]
 
 
 def make_groups(device, dtype=torch.float32):
@@ -176,3 +183,61 @@ def test_errors_modify_nothing(native, monkeypatch):
             call(groups, max_norms)
     assert all(p.grad.eq(1).all() for p in (a, b, c))
     assert fastclip.counters()["fallback_reasons"] == {}
+
+
+def check_device(groups, max_norms):
+    before = [[p.grad.cpu() for p in group] for group in groups]
+    norms = fastclip.clip_grad_norms_(groups, max_norms).cpu()
+    for i, (group, was) in enumerate(zip(groups, before, strict=True)):
+        check_norm(norms[i].clone(), was, 2)
+        for parameter, g in zip(group, was, strict=True):
+            check_scaled(parameter.grad, g, min(1.0, float(max_norms[i]) / (total_norm(was, 2) + 1e-6)))
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_device")
+@pytest.mark.parametrize("count", [3, 300])
+def test_one_launch(count):
+    groups = on_device(count)
+    fastclip.clip_grad_norms_(groups, 0.5)
+    with watch() as seen:
+        fastclip.clip_grad_norms_(groups, 0.25)
+    assert (seen.launches, seen.cooperative_launches, seen.synchronisations, seen.copies) == (1, 1, [], 0)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_device")
+def test_long_tables_and_any_number_of_blocks():
+    for count, blocks in ((1100, 3), (40, 1), (40, 100)):  # 1,100 gradients and as many groups: beyond the parameters
+        _C.force_cuda_blocks(blocks)
+        check_device(on_device(count, 21), [0.1 + i % 5 for i in range(count)])
+    groups = on_device(9, 5000)  # more warps than groups: each group is many warps' work
+    check_device([sum(groups[:4], []), *groups[4:]], [0.5] * 6)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_device")
+@pytest.mark.parametrize("error", [False, True])
+def test_several_launches_where_a_cooperative_one_is_refused(error):
+    groups = on_device(40)
+    copies = [make_parameters([p.grad.clone() for p in group]) for group in groups]
+    want = fastclip.clip_grad_norms_(copies, 0.5)
+    _C.allow_cooperative_launches(False)
+    with watch() as seen:
+        norms = fastclip.clip_grad_norms_(groups, 0.5, error_if_nonfinite=error)
+    assert seen.launches == 3 and seen.cooperative_launches == 0
+    assert torch.equal(norms, want)
+    for (mine,), (theirs,) in zip(groups, copies, strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_device")
+def test_thresholds_on_the_device_are_not_waited_for():
+    groups = on_device(5)
+    thresholds = torch.tensor([0.5, INF, 1.0, 1e9, 0.1], device="cuda", dtype=torch.float64)
+    with watch() as seen:
+        fastclip.clip_grad_norms_(groups, thresholds)
+    assert seen.synchronisations == []
+    thresholds = thresholds.float()
+    check_device(groups, thresholds)

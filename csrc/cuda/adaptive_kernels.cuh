@@ -10,6 +10,9 @@ namespace fastclip::cuda {
 // A warp reads 3 KB at once: a unit of eight times as much is worth the block's barriers. One that is far larger, such
 // as a bias of millions of elements, is still done by one block, while the others have the rest.
 constexpr int64_t kBlockBytes = 8 * kRowsInFlight * kRowBytes;
+// Weight and gradient count together. The smaller one, a bfloat16 beside a float64, still has a row for each warp, so
+// that row 0 and what lies around the whole vectors is the first warp's alone.
+static_assert(2 * kBlockBytes / 10 * 2 > (kWarps + 1) * kRowBytes);
 
 // The units of a tensor, as a part of a list: those before it are counted by the entry before.
 struct UnitEntry {

@@ -76,8 +76,8 @@ def test_dtypes_that_differ(device, weight_dtype, grad_dtype):
 
 
 def test_large_units_and_threads(device):
-    size = 20_000 if device == "cuda" else 600_000
-    parameters = [make((size,)), make((3, size), scale=0.01), make((200, 997)), make((2, 50)), make((2 * size,))]
+    size = 20_000 if device == "cuda" else 270_000
+    parameters = [make((size,)), make((3, size), scale=0.01), make((200, 997)), make((2, 50))]
     check([to(p, device) for p in parameters])
 
 

@@ -1,6 +1,9 @@
 // What a backend does with a table of gradients. Everything above it (clip.cpp) is the same for all devices.
 #pragma once
 
+#include <functional>
+#include <vector>
+
 #include "tensor_table.h"
 
 namespace fastclip::cpu {
@@ -21,5 +24,13 @@ void scale(const TensorTable& table, double coef);
 
 // Limits every element to [-clip_value, clip_value], clip_value >= 0, and marks the slices that changed as `written`.
 void clamp(TensorTable& table, double clip_value);
+
+// For each group of slices, [ends[g - 1], ends[g]), the norm that total_norm() has for it; then multiplies its elements
+// by coef_of(g, norm). Several threads call coef_of, each for groups of its own. No slices overlap.
+void clip_groups(const TensorTable& table, const std::vector<int64_t>& ends, NormType type,
+                 const std::function<double(int64_t, double)>& coef_of);
+
+// Multiplies the elements of group g by coefs[g].
+void scale_groups(const TensorTable& table, const std::vector<int64_t>& ends, const double* coefs);
 
 }  // namespace fastclip::cpu

@@ -7,11 +7,15 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <charconv>
+
+#include "adaptive.h"
 #include "clip.h"
 #include "cpu/dispatch.h"
 #ifdef FASTCLIP_CUDA
 #include "cuda/launch.h"
 #endif
+#include "groups.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -35,8 +39,8 @@ const char* argument_name(Items items) {
   throw py::error_already_set();
 }
 
-std::string at_index(Items items, Py_ssize_t index) {
-  return std::string(argument_name(items)) + "[" + std::to_string(index) + "]";
+std::string at_index(const char* argument, Py_ssize_t index) {
+  return std::string(argument) + "[" + std::to_string(index) + "]";
 }
 
 // float(object), naming the argument where that fails. TypeError or ValueError, as float() has it.
@@ -68,7 +72,7 @@ bool is_dtensor(py::handle object) {
 }
 
 // Adds the gradient of an object of any type, as Python code would read it.
-void add_by_attribute(Gradients& grads, PyObject* item, Items items, Py_ssize_t index) {
+void add_by_attribute(Gradients& grads, PyObject* item, Items items, const char* argument, Py_ssize_t index) {
   const auto owner = py::reinterpret_borrow<py::object>(item);  // the list may lose it while its attribute is read
   py::object object = owner;
   if (items == Items::Parameters) {
@@ -76,7 +80,7 @@ void add_by_attribute(Gradients& grads, PyObject* item, Items items, Py_ssize_t 
     if (!object) {
       if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
       PyErr_Clear();
-      raise(PyExc_TypeError, at_index(items, index) + ": expected a torch.Tensor, got " + Py_TYPE(item)->tp_name);
+      raise(PyExc_TypeError, at_index(argument, index) + ": expected a torch.Tensor, got " + Py_TYPE(item)->tp_name);
     }
     if (object.is_none()) {
       // Other ranks may have this gradient, and wait for this one.
@@ -85,11 +89,11 @@ void add_by_attribute(Gradients& grads, PyObject* item, Items items, Py_ssize_t 
     }
   }
   if (!THPVariable_Check(object.ptr())) {
-    raise(PyExc_TypeError, at_index(items, index) + (items == Items::Parameters ? ".grad" : "") +
+    raise(PyExc_TypeError, at_index(argument, index) + (items == Items::Parameters ? ".grad" : "") +
                                ": expected a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
   }
   at::Tensor grad = THPVariable_Unpack(object.ptr());
-  grads.add(grad.unsafeGetTensorImpl(), argument_name(items), index);
+  grads.add(grad.unsafeGetTensorImpl(), argument, index);
   grads.keep(std::move(grad));
 }
 
@@ -120,8 +124,8 @@ void fetch_ahead(PyObject* const* next, Py_ssize_t left, Items items) {
   if (at::TensorImpl* impl = grad(kStage)) fetch(impl->unsafe_storage().unsafeGetStorageImpl(), 1);
 }
 
-// Reads all gradients of `list`, which is a list, a tuple or a single tensor.
-void collect(Gradients& grads, PyObject* list, Items items) {
+// Reads all gradients of `list`, which is a list, a tuple or a single tensor, called `argument` in errors.
+void collect(Gradients& grads, PyObject* list, Items items, const char* argument) {
   const bool sequence = PyList_Check(list) || PyTuple_Check(list);
   // The size is asked for anew each time: reading an attribute may run code that changes the list.
   for (Py_ssize_t i = 0; i < (sequence ? PySequence_Fast_GET_SIZE(list) : 1); ++i) {
@@ -130,20 +134,129 @@ void collect(Gradients& grads, PyObject* list, Items items) {
       if (sequence) fetch_ahead(PySequence_Fast_ITEMS(list) + i, PySequence_Fast_GET_SIZE(list) - i, items);
       const at::Tensor& tensor = THPVariable_Unpack(item);
       if (items == Items::Tensors) {
-        grads.add(tensor.unsafeGetTensorImpl(), argument_name(items), i);
+        grads.add(tensor.unsafeGetTensorImpl(), argument, i);
       } else {
         const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
         if (grad.defined()) {
-          grads.add(grad.unsafeGetTensorImpl(), argument_name(items), i);
+          grads.add(grad.unsafeGetTensorImpl(), argument, i);
         } else if (tensor.requires_grad()) {
           tensor.grad();  // for torch's warning when the tensor is not a leaf
         }
       }
     } else {
       grads.own_all();  // foreign code may drop gradients that were read before
-      add_by_attribute(grads, item, items, i);
+      add_by_attribute(grads, item, items, argument, i);
     }
   }
+}
+
+void collect(Gradients& grads, PyObject* list, Items items) {
+  collect(grads, list, items, argument_name(items));
+}
+
+// Reads all parameters that have a gradient, and these.
+void collect_with_weights(Gradients& weights, Gradients& grads, PyObject* list) {
+  const bool sequence = PyList_Check(list) || PyTuple_Check(list);
+  for (Py_ssize_t i = 0; i < (sequence ? PySequence_Fast_GET_SIZE(list) : 1); ++i) {
+    const auto item = py::reinterpret_borrow<py::object>(sequence ? PySequence_Fast_GET_ITEM(list, i) : list);
+    if (!THPVariable_Check(item.ptr())) {
+      raise(PyExc_TypeError,
+            at_index("parameters", i) + ": expected a torch.Tensor, got " + Py_TYPE(item.ptr())->tp_name);
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+    const int64_t before = grads.count();
+    if (has_exact_type(item.ptr())) {
+      const at::Tensor& grad = tensor.grad();
+      if (grad.defined()) grads.add(grad.unsafeGetTensorImpl(), "parameters", i);
+    } else {
+      grads.own_all();
+      weights.own_all();
+      add_by_attribute(grads, item.ptr(), Items::Parameters, "parameters", i);
+    }
+    if (grads.count() == before) continue;
+    weights.add(tensor.unsafeGetTensorImpl(), "parameters", i);
+    if (!has_exact_type(item.ptr())) weights.keep(tensor);
+  }
+}
+
+// Which group each parameter belongs to: a hash table, since sorting 2,000 addresses would take as long as their norms.
+class Owners {
+ public:
+  explicit Owners(size_t expected) {
+    while (table_.size() < 2 * expected) table_.resize(2 * table_.size());
+  }
+
+  // Returns the group that has an object already, or `group`.
+  int64_t add(const PyObject* object, int64_t group) {
+    if (2 * ++count_ > table_.size()) grow();
+    Place& place = find(object);
+    if (!place.object) place = {object, group};
+    return place.group;
+  }
+
+ private:
+  struct Place {
+    const PyObject* object = nullptr;
+    int64_t group = 0;
+  };
+
+  Place& find(const PyObject* object) {
+    const size_t mask = table_.size() - 1;
+    size_t at = (reinterpret_cast<uintptr_t>(object) >> 4) * 0x9e3779b97f4a7c15u >> 20 & mask;
+    while (table_[at].object && table_[at].object != object) at = (at + 1) & mask;
+    return table_[at];
+  }
+
+  void grow() {
+    std::vector<Place> before(2 * table_.size());
+    before.swap(table_);
+    for (const Place& place : before) {
+      if (place.object) find(place.object) = place;
+    }
+  }
+
+  std::vector<Place> table_ = std::vector<Place>(64);
+  size_t count_ = 0;
+};
+
+// Reads the gradients of groups, each a list, a tuple or a single tensor. Returns how many there are up to the end of
+// each group.
+std::vector<int64_t> collect_groups(Gradients& grads, py::list groups) {
+  std::vector<int64_t> ends;
+  Owners owners(groups.size());
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const py::object group = groups[g];
+    const bool sequence = PyList_Check(group.ptr()) || PyTuple_Check(group.ptr());
+    for (Py_ssize_t i = 0; i < (sequence ? PySequence_Fast_GET_SIZE(group.ptr()) : 1); ++i) {
+      const int64_t owner = owners.add(sequence ? PySequence_Fast_GET_ITEM(group.ptr(), i) : group.ptr(), g);
+      if (owner == static_cast<int64_t>(g)) continue;
+      raise(PyExc_ValueError, "groups: expected each parameter in one group, got one in groups[" +
+                                  std::to_string(owner) + "] and groups[" + std::to_string(g) + "]");
+    }
+    char name[32] = "groups[";
+    *std::to_chars(name + 7, name + 30, g).ptr = ']';  // what follows is zero
+    collect(grads, group.ptr(), Items::Parameters, name);
+    ends.push_back(grads.count());
+  }
+  return ends;
+}
+
+// `count` thresholds: a 1-d tensor on a CUDA device, a list of numbers and None, or one number for all.
+MaxNorms to_max_norms(py::handle object, size_t count) {
+  if (THPVariable_Check(object.ptr())) return {{}, THPVariable_Unpack(object.ptr()).detach()};
+  if (!PyList_Check(object.ptr())) return {std::vector<double>(count, to_double(object, "max_norms")), {}};
+  MaxNorms result;
+  for (size_t g = 0; g < count; ++g) {
+    PyObject* const item = PyList_GET_ITEM(object.ptr(), g);
+    double value = std::numeric_limits<double>::infinity();
+    if (PyFloat_CheckExact(item)) {
+      value = PyFloat_AS_DOUBLE(item);
+    } else if (item != Py_None) {
+      value = to_double(item, at_index("max_norms", g).c_str());
+    }
+    result.values.push_back(value);
+  }
+  return result;
 }
 
 size_t expected_size(py::handle list) {
@@ -283,6 +396,38 @@ py::object clip_grad_value_(py::handle parameters, py::handle clip_value) {
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+py::object clip_grad_adaptive_(py::handle parameters, double clipping, double eps, double norm_type) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::clip_grad_adaptive_", {});
+  Gradients weights(Access::Read, expected_size(parameters)), grads(Access::Write, expected_size(parameters));
+  collect_with_weights(weights, grads, parameters.ptr());
+  if (grads.none() && grads.fallback_reason().empty()) return nothing_to_do();
+  const std::string reason = why_not_adaptive(weights, grads, norm_type);
+  if (!reason.empty()) return py::str(reason);
+  count_native_call();
+  weights.own_all();
+  run(grads, [&] { clip_grad_adaptive(weights, grads, {*fused_norm_type(norm_type), clipping, eps}); });
+  return py::none();
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+// `max_norms`: as many as there are groups, see to_max_norms().
+py::object clip_grad_norms_(py::list groups, py::handle max_norms, double norm_type, bool error_if_nonfinite) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::clip_grad_norms_", {});
+  const MaxNorms thresholds = to_max_norms(max_norms, groups.size());
+  Gradients grads(Access::Write, groups.size());
+  const std::vector<int64_t> ends = collect_groups(grads, groups);
+  if (grads.none() && grads.fallback_reason().empty()) return nothing_to_do();
+  const std::string reason = why_not_grouped(grads, norm_type);
+  if (!reason.empty()) return py::str(reason);
+  count_native_call();
+  return to_python(run(grads, [&] {
+    return clip_grad_norms(grads, ends, thresholds, *fused_norm_type(norm_type), error_if_nonfinite);
+  }));
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 // The parts that a call over several ranks is made of. They take gradients, not parameters, and are not counted: the
 // call is. The reason that they return is why torch has to do this part.
 
@@ -354,6 +499,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("clip_grad_norm_with_statistics", &fc::clip_grad_norm_);
   m.def("clip_grads_with_norm_", &fc::clip_grads_with_norm_);
   m.def("clip_grad_value_", &fc::clip_grad_value_);
+  m.def("clip_grad_adaptive_", &fc::clip_grad_adaptive_);
+  m.def("clip_grad_norms_", &fc::clip_grad_norms_);
   m.def("norm_of", &fc::norm_of);
   m.def("scale_by_norm_", &fc::scale_by_norm_);
   m.def("clamp_", &fc::clamp_);

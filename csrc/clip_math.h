@@ -35,6 +35,14 @@ FASTCLIP_HOST_DEVICE inline double clip_coef(double max_norm, double total_norm)
   return coef > 1 ? 1 : coef;
 }
 
+// The same for one of several groups, from the unrounded norm and the one that the user gets. One without a threshold,
+// inf, is left as it is, whatever its norm.
+FASTCLIP_HOST_DEVICE inline double group_coef(double max_norm, double total_norm, double returned_norm) {
+  if (max_norm > 1.7976931348623157e308) return 1;
+  const bool finite = fabs(returned_norm) <= 1.7976931348623157e308;
+  return clip_coef(max_norm, finite ? total_norm : returned_norm);
+}
+
 // Whether gradients have to be written: a coefficient of 1 changes nothing, NaN does, and so does one above 1, which
 // only gradients with a grad_scale below 1 have.
 FASTCLIP_HOST_DEVICE inline bool must_scale(double coef) {

@@ -4,9 +4,11 @@ import os
 
 from fastclip._native import build_info
 from fastclip._version import __version__
+from fastclip.adaptive import clip_grad_adaptive_
 from fastclip.amp import GradScaler
 from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from fastclip.counters import counters, reset_counters
+from fastclip.groups import clip_grad_norms_
 from fastclip.optim import ClippedOptimizer
 from fastclip.patching import is_patched, patch, patched, unpatch
 from fastclip.statistics import GradStatistics
@@ -18,7 +20,9 @@ __all__ = [
     "GradientMonitor",
     "__version__",
     "build_info",
+    "clip_grad_adaptive_",
     "clip_grad_norm_",
+    "clip_grad_norms_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "counters",

@@ -1,35 +1,16 @@
 // The CPU backend: divides a table among threads and runs the kernels of this processor on the shares.
-#include <ATen/Parallel.h>
-#include <pthread.h>
-
 #include <cmath>
 
 #include "../backend.h"
 #include "../clip_math.h"
 #include "dispatch.h"
+#include "shares.h"
 
 namespace fastclip::cpu {
 namespace {
 
-// OpenMP's threads do not exist in a forked child, and GNU's runtime waits for them for ever: a child works alone.
-bool forked = false;
-const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
 int shares_for(const TensorTable& table) {
   return table.bytes() < kSmallBytes ? 1 : at::get_num_threads();
-}
-
-// Runs work(share) for every share, each on a thread of its own where threads may be used. The same share number gets
-// the same thread in every call, so what a thread read it finds in its own cache when it scales.
-template <class Work>
-void for_each_share(int shares, Work work) {
-  if (shares == 1 || forked) {
-    for (int share = 0; share < shares; ++share) work(share);
-    return;
-  }
-  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t share = begin; share < end; ++share) work(static_cast<int>(share));
-  });
 }
 
 }  // namespace

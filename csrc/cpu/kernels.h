@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../slice.h"
+#include "../unit.h"
 
 namespace fastclip::cpu {
 
@@ -16,6 +17,8 @@ struct Kernels {
   void (*scale)(const Slice* slices, Cut begin, Cut end, double coef);
   // x = min(max(x, -clip_value), clip_value), NaN stays. Sets `written` of slices that changed. clip_value >= 0.
   void (*clamp)(Slice* slices, Cut begin, Cut end, double clip_value);
+  // Limits each unit's gradient to what unit_coef() says. Sets `written` of tensors that changed.
+  void (*adapt)(UnitTensor* tensors, UnitCut begin, UnitCut end, UnitLimit limit);
 };
 
 extern const Kernels kBaseline;

@@ -6,9 +6,10 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
+#include "adaptive_impl.h"
 #include "kernels_impl.h"
 
-const fastclip::cpu::Kernels fastclip::cpu::kAvx2{"avx2", reduce, examine, scale, clamp};
+const fastclip::cpu::Kernels fastclip::cpu::kAvx2{"avx2", reduce, examine, scale, clamp, adapt};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

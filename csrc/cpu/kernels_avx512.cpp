@@ -10,9 +10,10 @@
 #endif
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own _mm512_undefined_ps, in its header
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include "adaptive_impl.h"
 #include "kernels_impl.h"
 
-const fastclip::cpu::Kernels fastclip::cpu::kAvx512{"avx512", reduce, examine, scale, clamp};
+const fastclip::cpu::Kernels fastclip::cpu::kAvx512{"avx512", reduce, examine, scale, clamp, adapt};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -438,6 +438,7 @@ __device__ double block_norm(Norm mine) {
 struct Share {
   int64_t begin, end;
 
+  __device__ Share(int64_t begin, int64_t end) : begin(begin), end(end) {}
   __device__ explicit Share(int64_t rows) {
     const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;

@@ -31,10 +31,6 @@ bool fits(const void* kernel, int blocks, int device) {
   return blocks <= blocks_an_sm * attribute(cudaDevAttrMultiProcessorCount, device);
 }
 
-void launch_plain(const void* kernel, int blocks, void** args, cudaStream_t stream) {
-  C10_CUDA_CHECK(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), args, 0, stream));
-}
-
 template <class Table>
 const void* kernel_for(const Job& job) {
   return job.parts ? reinterpret_cast<const void*>(&clip_kernel<Table, true>)
@@ -44,15 +40,7 @@ const void* kernel_for(const Job& job) {
 void launch_kernel(const void* kernel, Job job, const void* table, int blocks, c10::cuda::CUDAStream stream) {
   void* args[] = {&job, const_cast<void*>(table)};
   if (job.task != Task::ReduceThenScale && job.task != Task::Norm) return launch_plain(kernel, blocks, args, stream);
-  if (fits(kernel, blocks, stream.device_index())) {
-    const cudaError_t error = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), args, 0, stream);
-    // Less room than the occupancy calculator knows of, as a share of a card under MPS has.
-    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) {
-      C10_CUDA_CHECK(error);
-      return;
-    }
-    (void)cudaGetLastError();
-  }
+  if (launch_cooperative(kernel, blocks, args, stream)) return;
   // The end of a launch is a barrier as well. The same blocks, the same shares, the same order: the same bits.
   const Task whole = job.task;
   job.task = Task::Reduce;
@@ -67,6 +55,22 @@ void launch_kernel(const void* kernel, Job job, const void* table, int blocks, c
 }
 
 }  // namespace
+
+void launch_plain(const void* kernel, int blocks, void** args, c10::cuda::CUDAStream stream) {
+  C10_CUDA_CHECK(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), args, 0, stream));
+}
+
+bool launch_cooperative(const void* kernel, int blocks, void** args, c10::cuda::CUDAStream stream) {
+  if (!fits(kernel, blocks, stream.device_index())) return false;
+  const cudaError_t error = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), args, 0, stream);
+  // Less room than the occupancy calculator knows of, as a share of a card under MPS has.
+  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) {
+    C10_CUDA_CHECK(error);
+    return true;
+  }
+  (void)cudaGetLastError();
+  return false;
+}
 
 int blocks_for(const PackedTable& table, c10::DeviceIndex device) {
   if (const int blocks = forced_blocks) return blocks;

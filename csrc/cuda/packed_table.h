@@ -22,6 +22,9 @@ class PackedTable {
     for (int64_t i = 0; i < table.size(); ++i) add(table.slices()[i]);
   }
 
+  // Puts 16 bytes of something else behind the gradients, which travels with them; counts as an entry.
+  void append(const Entry& other) { entries_[size_++] = other; }
+
   // Entries up to kManyEntries may be read whatever the size is: a launch copies them all.
   const Entry* entries() const { return entries_.get(); }
   int size() const { return size_; }

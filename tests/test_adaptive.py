@@ -1,0 +1,243 @@
+"""clip_grad_adaptive_ against the formula in float64: shapes, dtypes, layouts, threads, edges, errors."""
+
+import math
+
+import pytest
+import torch
+from cuda_support import watch
+from oracle import check_scaled, total_norm
+from support import DTYPES, INF, NAN, dtypes, norm_types
+
+import fastclip
+
+# Scalar, gain and bias, linear, convolutions (one depthwise, one whose filters are no whole registers), embedding.
+SHAPES = [(), (1,), (70,), (5, 33), (1, 8), (16, 3, 7, 7), (9, 1, 3, 3), (4, 64, 1, 1), (300, 24), (7, 2, 3, 4, 5)]
+
+
+def make(shape, dtype=torch.float32, grad_dtype=None, scale=1.0, device="cpu"):
+    """A parameter whose units differ, some within their limit and some beyond it."""
+    parameter = torch.nn.Parameter(torch.randn(shape).to(dtype).to(device))
+    grad = torch.randn(shape) * scale
+    if grad.ndim > 1:
+        grad *= torch.logspace(-4, 1, grad.shape[0]).view(-1, *[1] * (grad.ndim - 1))
+    if grad_dtype not in (None, dtype):
+        parameter.grad_dtype = grad_dtype
+    parameter.grad = grad.to(grad_dtype or dtype).to(device)
+    return parameter
+
+
+def units(tensor):
+    tensor = tensor.detach().cpu()
+    return list(tensor) if tensor.ndim > 1 else [tensor]
+
+
+def coefficient(weight, grad, clipping, eps, norm_type):
+    max_norm = clipping * max(total_norm([weight], norm_type), eps)
+    norm = total_norm([grad], norm_type)
+    return 1.0 if norm < max_norm else max_norm / max(norm, 1e-6)
+
+
+def check(parameters, clipping=0.01, eps=1e-3, norm_type=2.0, native=True):
+    before = [None if p.grad is None else p.grad.clone() for p in parameters]
+    weights = [p.detach().clone() for p in parameters]
+    assert fastclip.clip_grad_adaptive_(parameters, clipping, eps, norm_type=norm_type) is None
+    clipped = 0
+    for parameter, weight, was in zip(parameters, weights, before, strict=True):
+        assert torch.equal(parameter.detach(), weight)
+        if was is None:
+            continue
+        for w, after, g in zip(units(weight), units(parameter.grad), units(was), strict=True):
+            coef = coefficient(w, g, clipping, eps, norm_type)
+            clipped += coef != 1
+            check_scaled(after, g, coef, tolerance=3e-6)
+            if coef == 1:
+                assert torch.equal(after, g)
+    assert (fastclip.counters()["native"] > 0) is native
+    return clipped
+
+
+@dtypes
+@norm_types
+def test_shapes(device, dtype, norm_type):
+    parameters = [make(shape, dtype, device=device) for shape in SHAPES]
+    parameters.insert(2, torch.nn.Parameter(torch.ones(3, device=device)))
+    clipped = check(parameters, 0.1, norm_type=norm_type)
+    assert 100 < clipped < 330
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+def test_dtypes_that_differ(device, weight_dtype, grad_dtype):
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("torch before 2.10 has gradients of the parameter's dtype only")
+    check(
+        [make((20, 37), weight_dtype, grad_dtype, device=device), make((11,), weight_dtype, grad_dtype, device=device)]
+    )
+
+
+def test_large_units_and_threads(device):
+    size = 20_000 if device == "cuda" else 270_000
+    parameters = [make((size,)), make((3, size), scale=0.01), make((200, 997)), make((2, 50))]
+    check([to(p, device) for p in parameters])
+
+
+def to(parameter, device):
+    moved = torch.nn.Parameter(parameter.detach().to(device))
+    moved.grad = parameter.grad.to(device)
+    return moved
+
+
+@pytest.mark.parametrize("weight_last", [True, False])
+def test_channels_last_is_native(device, weight_last):
+    parameter = make((16, 6, 3, 3), device=device)
+    if weight_last:
+        parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    parameter.grad = parameter.grad.to(memory_format=torch.channels_last)
+    assert parameter.grad.stride() == (54, 1, 18, 6)
+    assert check([parameter]) > 0
+
+
+@dtypes
+@pytest.mark.parametrize("case", ["transposed", "gaps"])
+def test_units_with_gaps_go_through_torch(case, dtype):
+    parameter = make((6, 40), dtype)
+    grad = torch.randn(6, 80).to(dtype)[:, ::2]
+    parameter.grad = parameter.grad.t().contiguous().t() if case == "transposed" else grad
+    assert check([make((3, 7), dtype), parameter], native=False) > 0
+    assert fastclip.counters()["fallback_reasons"] == {"units with gaps": 1}
+
+
+def test_other_orders_go_through_torch():
+    parameter = make((6, 40))
+    before = parameter.grad.clone()
+    fastclip.clip_grad_adaptive_(parameter, norm_type=3)
+    w, g = (x.double().abs().pow(3).sum(1, keepdim=True) ** (1 / 3) for x in (parameter.detach(), before))
+    torch.testing.assert_close(parameter.grad, (before * (0.01 * w / g).clamp(max=1)).float())
+    assert fastclip.counters()["fallback_reasons"] == {"norm_type": 1}
+
+
+def test_gradients_that_share_memory_are_clipped_in_turn():
+    first, second = make((6, 40)), torch.nn.Parameter(torch.zeros(6, 40))
+    second.grad = first.grad
+    before = first.grad.clone()
+    fastclip.clip_grad_adaptive_([first, second])
+    norms = before.double().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(first.grad, (before * (1e-5 / norms).clamp(max=1)).float())
+    assert fastclip.counters()["fallback_reasons"] == {"gradients that share memory": 1}
+
+
+def reference(parameters, clip_factor=0.01, eps=1e-3):
+    """The reference formula, written out for one dtype."""
+    for p in parameters:
+        dims = tuple(range(1, p.ndim)) if p.ndim > 1 else None
+        norms = [torch.linalg.vector_norm(x.detach(), dim=dims, keepdim=p.ndim > 1) for x in (p, p.grad)]
+        max_norm = norms[0].clamp(min=eps) * clip_factor
+        p.grad.copy_(torch.where(norms[1] < max_norm, p.grad, p.grad * (max_norm / norms[1].clamp(min=1e-6))))
+
+
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+@pytest.mark.parametrize("where", ["weight", "grad", "both"])
+def test_nonfinite_values(device, where, bad):
+    mine, theirs = ([make((4, 9), torch.float64), make((5,), torch.float64)] for _ in range(2))
+    for one, other in zip(mine, theirs, strict=True):
+        one.data.view(-1)[3] = bad if where != "grad" else 1
+        one.grad.view(-1)[3] = bad if where != "weight" else 1
+        other.data.copy_(one.data)
+        other.grad.copy_(one.grad)
+    mine = [to(p, device) for p in mine]
+    reference(theirs)
+    fastclip.clip_grad_adaptive_(mine)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.grad.cpu(), other.grad, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "clipping, eps", [(0.0, 1e-3), (0.01, 0.0), (1e-7, 1e-3), (1.0, 1e-6), (INF, 1e-3), (1e-20, 1e-20)]
+)
+def test_edges_of_the_formula(device, clipping, eps):
+    """Zero weights, zero gradients, norms under the floor of 1e-6, coefficients that float32 cannot hold."""
+    weights = torch.stack([torch.zeros(8), torch.ones(8), torch.full((8,), 1e-9), torch.full((8,), 1e30)] * 3)
+    grads = torch.stack([torch.full((8,), x) for x in (0, 1e-8, 1e-5, 1.0, 1e-9, 1e30) for _ in range(2)])
+    parameter = torch.nn.Parameter(weights.to(device))
+    parameter.grad = grads.to(device)
+    check([parameter], clipping, eps)
+
+
+def test_equality_writes_nothing():
+    parameter = torch.nn.Parameter(torch.full((3, 4), 1.0))
+    parameter.grad = torch.full((3, 4), 0.5)
+    version = parameter.grad._version
+    fastclip.clip_grad_adaptive_(parameter, 0.5)
+    assert parameter.grad._version == version
+    parameter.grad[1, 0] = 2
+    version = parameter.grad._version
+    fastclip.clip_grad_adaptive_(parameter, 0.5)
+    assert parameter.grad._version == version + 1
+    assert parameter.grad[0].tolist() == [0.5] * 4 and parameter.grad[1].norm().item() == pytest.approx(1)
+
+
+def test_empty_tensors_and_no_gradients(device):
+    empty = [torch.nn.Parameter(torch.empty(shape, device=device)) for shape in ((0,), (0, 3), (3, 0))]
+    for parameter in empty:
+        parameter.grad = torch.empty_like(parameter)
+    assert check([empty[0], make((4, 5), device=device), *empty[1:]]) > 0
+    assert fastclip.clip_grad_adaptive_([torch.nn.Parameter(torch.ones(2))]) is None
+    assert fastclip.clip_grad_adaptive_([]) is None
+    assert fastclip.counters()["fallback"] == 0
+
+
+def test_results_do_not_depend_on_native_code(monkeypatch):
+    mine = [make(shape) for shape in SHAPES]
+    theirs = [to(p, "cpu") for p in mine]
+    for p in theirs:
+        p.grad = p.grad.clone()
+    fastclip.clip_grad_adaptive_(mine)
+    monkeypatch.setattr("fastclip.adaptive._C", None)
+    fastclip.clip_grad_adaptive_(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert fastclip.counters()["fallback_reasons"] == {"extension not built": 1}
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (3, TypeError, r"parameters\[1\]: expected a torch.Tensor, got int"),
+        ("sparse", TypeError, r"parameters\[1\]: expected a gradient of layout torch.strided, got torch.sparse_coo"),
+    ],
+)
+def test_errors_name_the_item_and_modify_nothing(bad, error, message, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("fastclip.adaptive._C", None)
+    first = make((4, 5))
+    if bad == "sparse":
+        bad = torch.nn.Parameter(torch.ones(3, 2))
+        bad.grad = torch.ones(3, 2).to_sparse()
+    before = first.grad.clone()
+    with pytest.raises(error, match=message):
+        fastclip.clip_grad_adaptive_([first, bad])
+    assert torch.equal(first.grad, before) and fastclip.counters()["calls"] == 0
+
+
+@pytest.mark.parametrize("name", ["clipping", "eps"])
+def test_numbers(name):
+    for given, error in ((-1, ValueError), (math.nan, ValueError), ("x", ValueError), (None, TypeError)):
+        with pytest.raises(error, match=f"{name}: expected a number"):
+            fastclip.clip_grad_adaptive_([make((2, 3))], **{name: given})
+    parameter = make((2, 3))
+    check([parameter], **{name: torch.tensor(0.25)})
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_device")
+@pytest.mark.parametrize("count, launches", [(1, 1), (300, 1), (900, 2)])
+def test_launches(count, launches):
+    """One launch for some 800 tensors; nothing is waited for, nothing copied."""
+    data = torch.randn(2, count * 12, device="cuda")
+    parameters = [torch.nn.Parameter(w.view(3, 4)) for w in data[0].split(12)]
+    for parameter, grad in zip(parameters, data[1].split(12), strict=True):
+        parameter.grad = grad.view(3, 4)
+    with watch() as seen:
+        fastclip.clip_grad_adaptive_(parameters)
+    assert (seen.launches, seen.synchronisations, seen.copies) == (launches, [], 0)

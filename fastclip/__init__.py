@@ -6,12 +6,14 @@ from fastclip._native import build_info
 from fastclip._version import __version__
 from fastclip.amp import GradScaler
 from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from fastclip.clip_report import ClipReport, last_report
 from fastclip.counters import counters, reset_counters
 from fastclip.optim import ClippedOptimizer
 from fastclip.patching import is_patched, patch, patched, unpatch
 from fastclip.statistics import GradStatistics
 
 __all__ = [
+    "ClipReport",
     "ClippedOptimizer",
     "GradScaler",
     "GradStatistics",
@@ -24,6 +26,7 @@ __all__ = [
     "counters",
     "get_total_norm",
     "is_patched",
+    "last_report",
     "patch",
     "patched",
     "reset_counters",

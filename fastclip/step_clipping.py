@@ -245,8 +245,8 @@ class StepClipping:
         if statistics is None:
             return _C.prepare_step(parameters, max_norm, self.norm_type, grad_scale, in_place)
         statistics.values = None
-        prepared = _C.prepare_step_with_statistics(
-            parameters, max_norm, self.norm_type, grad_scale, in_place, statistics
+        prepared = _C.prepare_step_and_tell(
+            parameters, max_norm, self.norm_type, grad_scale, in_place, statistics, None, None
         )
         if prepared is None:
             statistics.values = statistics_by_torch([], self.norm_type)

@@ -134,7 +134,7 @@ def naming_the_first_bad(argument: str, items: Tensor | Sequence[Tensor], suffix
 
 @contextlib.contextmanager
 def filled(nonfinite: str | None, error_if_nonfinite: bool) -> "Iterator[_C.ClipReport | None]":
-    """What a native call in the block is to fill, if there is a policy; remembered once it has, also when that raised."""
+    """What a native call in the block is to fill, if there is a policy; remembered once it has, also if it raises."""
     report = None if nonfinite is None else _C.ClipReport()
     try:
         yield report

@@ -146,11 +146,10 @@ int64_t first_nonfinite(const TensorTable& table) {
   const Kernels& run = kernels();
   std::vector<int64_t> found(shares, table.size());
   for_each_share(shares, [&](int i) {
-    for (Cut cut = cuts[i]; cut.slice < cuts[i + 1].slice || cut.byte < cuts[i + 1].byte; cut = {cut.slice + 1, 0}) {
-      const Cut end = cut.slice < cuts[i + 1].slice ? Cut{cut.slice + 1, 0} : cuts[i + 1];
-      if (std::isfinite(run.reduce(table.slices(), cut, end, NormType::Inf))) continue;
-      found[i] = cut.slice;
-      break;
+    for (int64_t s = cuts[i].slice; s < cuts[i + 1].slice + (cuts[i + 1].byte > 0) && found[i] == table.size(); ++s) {
+      const Cut begin = s == cuts[i].slice ? cuts[i] : Cut{s, 0};
+      const Cut end = s == cuts[i + 1].slice ? cuts[i + 1] : Cut{s + 1, 0};
+      if (!std::isfinite(run.reduce(table.slices(), begin, end, NormType::Inf))) found[i] = s;
     }
   });
   const int64_t first = *std::min_element(found.begin(), found.end());

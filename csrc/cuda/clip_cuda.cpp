@@ -14,6 +14,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <optional>
@@ -526,9 +527,11 @@ void report_on(Gradients& grads, const Number& max_norm, const Number& total_nor
                ClipReport& report) {
   Call call(grads, {.reduces = true, .writes = false, .finds_bad = true, .nonfinite = nonfinite});
   std::vector<at::Tensor> kept;
+  const at::Tensor none_bad = at::detail::empty_cpu({2}, at::kInt);
+  std::fill_n(none_bad.mutable_data_ptr<int32_t>(), 2, kNoneBad);
   for (Part& part : call.parts) {
     part.allocate();
-    part.first_bad().fill_(kNoneBad);
+    part.first_bad().copy_(none_bad, true);
     Job job = part.new_job();
     job.source = Source::TotalNorm;
     job.norm_is_f64 = true;

@@ -22,6 +22,12 @@ double total_norm(const TensorTable& table, NormType type, StatisticsRow* rows);
 // Multiplies every element by coef.
 void scale(const TensorTable& table, double coef);
 
+// Stores zeros.
+void zero(const TensorTable& table);
+
+// The first slice with an inf or NaN, -1 if there is none.
+int64_t first_nonfinite(const TensorTable& table);
+
 // Limits every element to [-clip_value, clip_value], clip_value >= 0, and marks the slices that changed as `written`.
 void clamp(TensorTable& table, double clip_value);
 

@@ -85,7 +85,7 @@ void add_by_attribute(Gradients& grads, PyObject* item, Items items, const char*
     if (object.is_none()) {
       // Other ranks may have this gradient, and wait for this one.
       if (is_dtensor(owner) && THPVariable_Unpack(item).requires_grad()) grads.fall_back("subclass");
-      return;
+      return grads.pass_over(index);
     }
   }
   if (!THPVariable_Check(object.ptr())) {
@@ -139,8 +139,9 @@ void collect(Gradients& grads, PyObject* list, Items items, const char* argument
         const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
         if (grad.defined()) {
           grads.add(grad.unsafeGetTensorImpl(), argument, i);
-        } else if (tensor.requires_grad()) {
-          tensor.grad();  // for torch's warning when the tensor is not a leaf
+        } else {
+          grads.pass_over(i);
+          if (tensor.requires_grad()) tensor.grad();  // for torch's warning when the tensor is not a leaf
         }
       }
     } else {
@@ -320,45 +321,69 @@ py::object with_statistics(Gradients& grads, double p, py::handle statistics, Wo
   }
 }
 
+// What a name of fastclip/clip_report.py's POLICIES means; with None, and where an error is wanted, as without it.
+Nonfinite to_nonfinite(py::handle name, bool error_if_nonfinite = false) {
+  if (error_if_nonfinite) return Nonfinite::Raise;
+  if (!name || name.is_none()) return Nonfinite::Propagate;
+  const auto text = name.cast<std::string_view>();
+  return text == "skip" ? Nonfinite::Skip : text == "zero" ? Nonfinite::Zero : Nonfinite::Propagate;
+}
+
+// What Python has of a report: a type of this file alone, so that no other part of the process sees its binding.
+struct Report : ClipReport {};
+
+// The statistics and the report that a call is to fill, null without one.
+py::handle given(py::handle object) {
+  return object.is_none() ? py::handle() : object;
+}
+ClipReport* to_report(py::handle object) {
+  return !object || object.is_none() ? nullptr : object.cast<Report*>();
+}
+
 py::object get_total_norm(py::handle tensors, py::handle norm_type, py::handle error_if_nonfinite) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::get_total_norm", {});
   const double p = to_double(norm_type, "norm_type");
   const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
-  Gradients grads(Access::Read, expected_size(tensors));
+  Gradients grads(Access::Read, expected_size(tensors), argument_name(Items::Tensors));
   collect(grads, tensors.ptr(), Items::Tensors);
   return with_norm_type(grads, p, [&](NormType type) { return fastclip::get_total_norm(grads, type, error); });
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
 py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handle norm_type,
-                           py::handle error_if_nonfinite, py::handle statistics) {
+                           py::handle error_if_nonfinite, py::handle statistics, py::handle nonfinite,
+                           py::handle report) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clip_grad_norm_", {});
   const double p = to_double(norm_type, "norm_type");
   const Number threshold = to_number(max_norm, "max_norm");
   const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
-  Gradients grads(Access::Write, expected_size(parameters));
+  const Nonfinite policy = to_nonfinite(nonfinite, error);
+  ClipReport* const told = to_report(report);
+  Gradients grads(Access::Write, expected_size(parameters), argument_name(Items::Parameters));
   collect(grads, parameters.ptr(), Items::Parameters);
   return with_statistics(grads, p, statistics, [&](NormType type, at::Tensor* values) {
-    return fastclip::clip_grad_norm(grads, threshold, type, error, values);
+    return fastclip::clip_grad_norm(grads, threshold, type, policy, values, told);
   });
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
 py::object prepare_step(py::handle parameters, py::handle max_norm, py::handle norm_type, py::handle grad_scale,
-                        bool in_place, py::handle statistics) {
+                        bool in_place, py::handle statistics, py::handle nonfinite, py::handle report) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::prepare_step", {});
   const double p = to_double(norm_type, "norm_type");
   const Number threshold = to_number(max_norm, "max_norm");
   const Number scale = grad_scale.is_none() ? Number{1, {}} : to_number(grad_scale, "grad_scale");
-  Gradients grads(in_place ? Access::Write : Access::Read, expected_size(parameters));
+  const Nonfinite policy = to_nonfinite(nonfinite);
+  ClipReport* const told = to_report(report);
+  Gradients grads(in_place ? Access::Write : Access::Read, expected_size(parameters), argument_name(Items::Parameters));
   collect(grads, parameters.ptr(), Items::Parameters);
   // torch.amp.GradScaler refuses these, since they lose what scaling has kept; not where the optimizer unscales.
   if (in_place && grads.has(DType::F16)) return py::str("unscaling float16");
   return with_statistics(grads, p, statistics, [&](NormType type, at::Tensor* values) {
-    return fastclip::prepare_step(grads, threshold, type, scale, in_place, values);
+    return fastclip::prepare_step(grads, threshold, type, scale, in_place, policy, values, told);
   });
   END_HANDLE_TH_ERRORS_PYBIND
 }
@@ -367,7 +392,7 @@ py::object clip_grads_with_norm_(py::handle parameters, py::handle max_norm, py:
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clip_grads_with_norm_", {});
   const Number threshold = to_number(max_norm, "max_norm");
-  Gradients grads(Access::Write, expected_size(parameters));
+  Gradients grads(Access::Write, expected_size(parameters), argument_name(Items::Parameters));
   collect(grads, parameters.ptr(), Items::Parameters);
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
   if (grads.none()) return nothing_to_do();
@@ -384,7 +409,7 @@ py::object clip_grad_value_(py::handle parameters, py::handle clip_value) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clip_grad_value_", {});
   const double limit = to_double(clip_value, "clip_value");
-  Gradients grads(Access::Write, expected_size(parameters));
+  Gradients grads(Access::Write, expected_size(parameters), argument_name(Items::Parameters));
   collect(grads, parameters.ptr(), Items::Parameters);
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
   if (grads.none()) return nothing_to_do();
@@ -435,7 +460,7 @@ py::object clip_grad_norms_(py::list groups, py::handle max_norms, double norm_t
 py::object norm_of(py::handle grads_list, double p) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::norm_of", {});
-  Gradients grads(Access::Read, expected_size(grads_list));
+  Gradients grads(Access::Read, expected_size(grads_list), argument_name(Items::Tensors));
   collect(grads, grads_list.ptr(), Items::Tensors);
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
   if (grads.none()) return to_python(number_tensor(0, at::kDouble));
@@ -448,7 +473,7 @@ py::object norm_of(py::handle grads_list, double p) {
 py::object norm_and_statistics_of(py::handle grads_list, double p) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::norm_of", {});
-  Gradients grads(Access::Read, expected_size(grads_list));
+  Gradients grads(Access::Read, expected_size(grads_list), argument_name(Items::Tensors));
   collect(grads, grads_list.ptr(), Items::Tensors);
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
   if (grads.none()) return py::str("no gradients");
@@ -460,14 +485,33 @@ py::object norm_and_statistics_of(py::handle grads_list, double p) {
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-py::object scale_by_norm_(py::handle grads_list, py::handle max_norm, py::handle total_norm) {
+py::object scale_by_norm_(py::handle grads_list, py::handle max_norm, py::handle total_norm, py::handle nonfinite) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::scale_by_norm_", {});
   const Number threshold = to_number(max_norm, "max_norm"), norm = to_number(total_norm, "total_norm");
-  Gradients grads(Access::Write, expected_size(grads_list));
+  Gradients grads(Access::Write, expected_size(grads_list), argument_name(Items::Tensors));
   collect(grads, grads_list.ptr(), Items::Tensors);
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
-  if (!grads.none()) run(grads, [&] { fastclip::clip_grads_with_norm(grads, threshold, norm); });
+  const Nonfinite policy = to_nonfinite(nonfinite);
+  if (!grads.none()) run(grads, [&] { fastclip::clip_grads_with_norm(grads, threshold, norm, policy); });
+  return py::none();
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+// Fills a report on what scale_by_norm_() is going to do. passed_over: the indices of items without a gradient here.
+// returned: the norm as the user gets it.
+py::object report_on(Report& report, py::handle grads_list, std::vector<int64_t> passed_over, py::handle max_norm,
+                     py::handle total_norm, py::handle returned, py::handle nonfinite) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::report_on", {});
+  const Number threshold = to_number(max_norm, "max_norm"), norm = to_number(total_norm, "total_norm");
+  Gradients grads(Access::Read, expected_size(grads_list), argument_name(Items::Tensors));
+  collect(grads, grads_list.ptr(), Items::Tensors);
+  if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
+  const Nonfinite policy = to_nonfinite(nonfinite);
+  run(grads, [&] { fastclip::report_on(grads, threshold, norm, policy, report); });
+  report.set_passed_over(std::move(passed_over));
+  report.total_norm = THPVariable_Unpack(returned.ptr());
   return py::none();
   END_HANDLE_TH_ERRORS_PYBIND
 }
@@ -475,7 +519,7 @@ py::object scale_by_norm_(py::handle grads_list, py::handle max_norm, py::handle
 py::object clamp_(py::handle grads_list, double clip_value) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clamp_", {});
-  Gradients grads(Access::Write, expected_size(grads_list));
+  Gradients grads(Access::Write, expected_size(grads_list), argument_name(Items::Tensors));
   collect(grads, grads_list.ptr(), Items::Tensors);
   if (!grads.fallback_reason().empty()) return py::str(grads.fallback_reason());
   grads.check_clip_value(clip_value);
@@ -494,9 +538,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("get_total_norm", &fc::get_total_norm);
   using py::handle;
   m.def("clip_grad_norm_", [](handle parameters, handle max_norm, handle norm_type, handle error_if_nonfinite) {
-    return fc::clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, {});
+    return fc::clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, {}, {}, {});
   });
-  m.def("clip_grad_norm_with_statistics", &fc::clip_grad_norm_);
+  m.def("clip_grad_norm_and_tell", [](handle parameters, handle max_norm, handle norm_type, handle error_if_nonfinite,
+                                      handle statistics, handle nonfinite, handle report) {
+    return fc::clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, fc::given(statistics), nonfinite,
+                               report);
+  });
   m.def("clip_grads_with_norm_", &fc::clip_grads_with_norm_);
   m.def("clip_grad_value_", &fc::clip_grad_value_);
   m.def("clip_grad_adaptive_", &fc::clip_grad_adaptive_);
@@ -505,9 +553,27 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_by_norm_", &fc::scale_by_norm_);
   m.def("clamp_", &fc::clamp_);
   m.def("prepare_step", [](handle parameters, handle max_norm, handle norm_type, handle grad_scale, bool in_place) {
-    return fc::prepare_step(parameters, max_norm, norm_type, grad_scale, in_place, {});
+    return fc::prepare_step(parameters, max_norm, norm_type, grad_scale, in_place, {}, {}, {});
   });
-  m.def("prepare_step_with_statistics", &fc::prepare_step);
+  m.def("prepare_step_and_tell", [](handle parameters, handle max_norm, handle norm_type, handle grad_scale,
+                                    bool in_place, handle statistics, handle nonfinite, handle report) {
+    return fc::prepare_step(parameters, max_norm, norm_type, grad_scale, in_place, fc::given(statistics), nonfinite,
+                            report);
+  });
+  m.def("report_on", &fc::report_on);
+  using fc::Report;
+  py::class_<Report>(m, "ClipReport")  // reading it may wait for a device
+      .def(py::init<>())
+      .def("is_filled", [](const Report& report) { return report.total_norm.defined(); })
+      .def(
+          "total_norm", [](const Report& report) { return report.total_norm.item().toDouble(); },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "clip_coef", [](const Report& report) { return report.clip_coef.item().toDouble(); },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "first_bad", [](const Report& report) { return report.first_bad(); },
+          py::call_guard<py::gil_scoped_release>());
   m.def("norm_and_statistics_of", &fc::norm_and_statistics_of);
   m.def("count_native_call", &fastclip::count_native_call);
   m.def("native_calls", [] { return fastclip::native_calls.load(); });

@@ -80,7 +80,22 @@ void for_each_piece(const at::Tensor& tensor, const Visit& visit) {
 
 }  // namespace
 
-Gradients::Gradients(Access access, size_t expected) : access_(access), expected_(expected) {}
+int64_t ClipReport::first_bad() const {
+  int64_t first = row_;
+  for (const Search& search : searches_) {
+    const at::Tensor found = search.found.cpu();  // waits
+    for (const int32_t entry : {found.const_data_ptr<int32_t>()[0], found.const_data_ptr<int32_t>()[1]}) {
+      if (entry >= static_cast<int64_t>(search.rows.size())) continue;
+      if (first < 0 || search.rows[entry] < first) first = search.rows[entry];
+    }
+  }
+  if (first < 0) return -1;
+  for (const int64_t index : passed_over_) first += index <= first;
+  return first;
+}
+
+Gradients::Gradients(Access access, size_t expected, const char* argument)
+    : access_(access), expected_(expected), argument_(argument) {}
 
 Group& Gradients::other_group_on(c10::Device device) {
   for (Group& group : groups_) {
@@ -208,9 +223,14 @@ at::Tensor empty_statistics(int64_t gradients) {
   return values;
 }
 
-void scale(Group& group, double coef) {
-  cpu::scale(group.dense, coef);
+void scale(Group& group, double coef, Nonfinite nonfinite) {
+  const bool zeros = must_zero(coef, nonfinite);
+  zeros ? cpu::zero(group.dense) : cpu::scale(group.dense, coef);
   for (at::TensorImpl* impl : group.impls) impl->bump_version();
+  if (zeros) {
+    for (const Gapped& grad : group.gapped) grad.tensor.zero_();
+    return;
+  }
   const Factors factors(coef);
   for (const Gapped& grad : group.gapped) {
     // A tensor, which mul_ rounds to float32 for half types; it rounds a Scalar to the half type itself.
@@ -225,6 +245,22 @@ void clamp(Group& group, double clip_value) {
     if (group.dense.slices()[i].written) group.impls[i]->bump_version();
   }
   for (const Gapped& grad : group.gapped) grad.tensor.clamp_(-clip_value, clip_value);
+}
+
+int64_t first_nonfinite(const Group& group) {
+  const int64_t slice = cpu::first_nonfinite(group.dense);
+  int64_t first = slice < 0 ? -1 : group.dense.slices()[slice].row;
+  for (const Gapped& grad : group.gapped) {
+    if (first >= 0 && first < grad.row) break;
+    bool bad = false;
+    for_each_piece(grad.tensor, [&](const at::Tensor& piece) {
+      TensorTable table;
+      table.add(piece.mutable_data_ptr(), piece.numel(), grad.dtype);
+      bad = bad || cpu::first_nonfinite(table) >= 0;
+    });
+    if (bad) return grad.row;
+  }
+  return first;
 }
 
 double rounded(double total_norm, at::ScalarType norm_dtype) {
@@ -250,30 +286,54 @@ at::Tensor number_tensor(double value, at::ScalarType dtype) {
   return result;
 }
 
-void check_finite(double returned_norm, const std::string& order) {
+void check_finite(double returned_norm, const std::string& order, const std::string& where) {
   TORCH_CHECK(
       std::isfinite(returned_norm), "The total norm of order ", order,
       " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable this error and scale "
-      "the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`");
+      "the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`",
+      where);
 }
 
-void check_finite(double returned_norm, NormType type) {
-  check_finite(returned_norm, type == NormType::L1 ? "1.0" : type == NormType::L2 ? "2.0" : "inf");
+void check_finite(Gradients& grads, double returned_norm, NormType type) {
+  if (std::isfinite(returned_norm)) return;
+  ClipReport report;
+  report_on(grads, {}, {returned_norm, {}}, Nonfinite::Raise, report);
+  const int64_t index = report.first_bad();
+  const std::string argument = grads.argument();
+  check_finite(returned_norm,
+               type == NormType::L1   ? "1.0"
+               : type == NormType::L2 ? "2.0"
+                                      : "inf",
+               index < 0 ? c10::str(". No gradient has an inf or NaN: the norm is beyond ",
+                                    grads.norm_dtype() == at::kDouble ? "float64" : "float32")
+                         : c10::str(". ", argument, "[", index, "]", argument == "parameters" ? ".grad" : "",
+                                    " has the first inf or NaN"));
 }
 
-double coef_for(double max_norm, double total_norm, double returned_norm) {
-  return clip_coef(max_norm, std::isfinite(returned_norm) ? total_norm : returned_norm);
+double coef_for(double max_norm, double total_norm, double returned_norm, Nonfinite nonfinite) {
+  return clip_coef(max_norm, std::isfinite(returned_norm) ? total_norm : returned_norm, nonfinite);
 }
 
-double step_factor(double max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype) {
+double step_factor(double max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype,
+                   Nonfinite nonfinite) {
   const double norm = scaled_norm / grad_scale;
-  return coef_for(max_norm, norm, rounded(norm, norm_dtype)) / grad_scale;
+  return coef_for(max_norm, norm, rounded(norm, norm_dtype), nonfinite) / grad_scale;
 }
 
-Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, at::ScalarType norm_dtype) {
-  return {number_tensor(scaled_norm / grad_scale, norm_dtype),
-          must_scale(factor) ? number_tensor(1 / factor, at::kFloat) : at::Tensor(),
-          number_tensor(std::isfinite(scaled_norm) ? 0 : 1, at::kFloat)};
+Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, at::ScalarType norm_dtype,
+                          Nonfinite nonfinite) {
+  const double norm = scaled_norm / grad_scale;
+  const bool is_finite = std::isfinite(nonfinite == Nonfinite::Skip ? rounded(norm, norm_dtype) : scaled_norm);
+  return {number_tensor(norm, norm_dtype), must_scale(factor) ? number_tensor(1 / factor, at::kFloat) : at::Tensor(),
+          number_tensor(is_finite ? 0 : 1, at::kFloat)};
+}
+
+// Fills a report on gradients that are all on the CPU.
+static void fill(ClipReport& report, const Gradients& grads, double total_norm, double returned_norm, double coef) {
+  report.total_norm = number_tensor(returned_norm, grads.norm_dtype());
+  report.clip_coef = number_tensor(coef, at::kDouble);
+  report.set_passed_over(grads.passed_over());
+  if (!std::isfinite(total_norm) && !grads.none()) report.add_row(first_nonfinite(grads.groups().front()));
 }
 
 std::optional<Number> on_device(const at::Tensor& tensor) {
@@ -316,45 +376,58 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
   if (!grads.only_on_cpu()) return cuda::get_total_norm(grads, type, error_if_nonfinite, statistics);
 #endif
   const double norm = rounded(norm_and_statistics(grads, type, statistics), grads.norm_dtype());
-  if (error_if_nonfinite) check_finite(norm, type);
+  if (error_if_nonfinite) check_finite(grads, norm, type);
   return number_tensor(norm, grads.norm_dtype());
 }
 
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
-                          at::Tensor* statistics) {
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, Nonfinite nonfinite,
+                          at::Tensor* statistics, ClipReport* report) {
 #ifdef FASTCLIP_CUDA
-  if (!grads.only_on_cpu()) return cuda::clip_grad_norm(grads, max_norm, type, error_if_nonfinite, statistics);
+  if (!grads.only_on_cpu()) return cuda::clip_grad_norm(grads, max_norm, type, nonfinite, statistics, report);
 #endif
   Group& group = grads.groups().front();
   const double norm = norm_and_statistics(grads, type, statistics);
   const double returned_norm = rounded(norm, grads.norm_dtype());
-  if (error_if_nonfinite) check_finite(returned_norm, type);
+  const double coef = coef_for(max_norm.here(), norm, returned_norm, nonfinite);
+  if (report) fill(*report, grads, norm, returned_norm, coef);
+  if (nonfinite == Nonfinite::Raise) check_finite(grads, returned_norm, type);
   at::Tensor result = number_tensor(norm, grads.norm_dtype());  // before anything is written: it may be out of memory
-  const double coef = coef_for(max_norm.here(), norm, returned_norm);
-  if (must_scale(coef)) scale(group, coef);
+  if (must_scale(coef)) scale(group, coef, nonfinite);
   return result;
 }
 
 Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
-                      at::Tensor* statistics) {
+                      Nonfinite nonfinite, at::Tensor* statistics, ClipReport* report) {
 #ifdef FASTCLIP_CUDA
-  if (!grads.only_on_cpu()) return cuda::prepare_step(grads, max_norm, type, grad_scale, in_place, statistics);
+  if (!grads.only_on_cpu()) {
+    return cuda::prepare_step(grads, max_norm, type, grad_scale, in_place, nonfinite, statistics, report);
+  }
 #endif
   Group& group = grads.groups().front();
   const double norm = norm_and_statistics(grads, type, statistics);
   const double scaled_by = grad_scale.here();
-  const double factor = step_factor(max_norm.here(), norm, scaled_by, grads.norm_dtype());
-  Prepared prepared = prepared_tensors(norm, scaled_by, factor, grads.norm_dtype());
+  const double factor = step_factor(max_norm.here(), norm, scaled_by, grads.norm_dtype(), nonfinite);
+  Prepared prepared = prepared_tensors(norm, scaled_by, factor, grads.norm_dtype(), nonfinite);
+  if (report) fill(*report, grads, norm, rounded(norm / scaled_by, grads.norm_dtype()), factor * scaled_by);
   if (in_place && std::isfinite(norm) && must_scale(factor)) scale(group, factor);
   return prepared;
 }
 
-void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm) {
+void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm, Nonfinite nonfinite) {
 #ifdef FASTCLIP_CUDA
-  if (!grads.only_on_cpu()) return cuda::clip_grads_with_norm(grads, max_norm, total_norm);
+  if (!grads.only_on_cpu()) return cuda::clip_grads_with_norm(grads, max_norm, total_norm, nonfinite);
 #endif
-  const double coef = clip_coef(max_norm.here(), total_norm.here());
-  if (must_scale(coef)) scale(grads.groups().front(), coef);
+  const double coef = clip_coef(max_norm.here(), total_norm.here(), nonfinite);
+  if (must_scale(coef)) scale(grads.groups().front(), coef, nonfinite);
+}
+
+void report_on(Gradients& grads, const Number& max_norm, const Number& total_norm, Nonfinite nonfinite,
+               ClipReport& report) {
+#ifdef FASTCLIP_CUDA
+  if (!grads.none() && !grads.only_on_cpu()) return cuda::report_on(grads, max_norm, total_norm, nonfinite, report);
+#endif
+  const double norm = total_norm.here();
+  fill(report, grads, norm, norm, clip_coef(max_norm.here(), norm, nonfinite));
 }
 
 void clip_grad_value(Gradients& grads, double clip_value) {

@@ -45,12 +45,40 @@ struct Group {
   size_t owned = 0;                    // how many of impls are kept alive by this call
 };
 
+// What a call has done, for who asks later: 0-d tensors, on the device of the norm. Only reading them waits.
+class ClipReport {
+ public:
+  at::Tensor total_norm;  // as the user gets it; undefined: no call has filled this
+  at::Tensor clip_coef;   // float64: what the gradients were multiplied by
+
+  // A search on a CUDA device: int32 [2], the first gradients with inf or NaN in the first part of a table and in the
+  // rest, beyond the table where there is none; and the rows of the table's gradients, as in Slice.
+  void add_search(at::Tensor found, std::vector<uint32_t> rows) {
+    searches_.push_back({std::move(found), std::move(rows)});
+  }
+  void add_row(int64_t row) { row_ = row; }
+  void set_passed_over(std::vector<int64_t> indices) { passed_over_ = std::move(indices); }
+
+  // The index in the caller's list of the first gradient with inf or NaN, -1 if there is none.
+  int64_t first_bad() const;
+
+ private:
+  struct Search {
+    at::Tensor found;
+    std::vector<uint32_t> rows;
+  };
+  std::vector<Search> searches_;
+  int64_t row_ = -1;                  // found on the CPU
+  std::vector<int64_t> passed_over_;  // as Gradients has them
+};
+
 // The gradients of one call. add() either packs a gradient or says why it cannot be.
 class Gradients {
  public:
   enum class Added { Yes, Fallback, NotFloating, NoMemory };
 
-  Gradients(Access access, size_t expected);
+  // argument: the name of the list that they come from, for messages.
+  Gradients(Access access, size_t expected, const char* argument = "grads");
 
   // Packs a gradient. The caller keeps it alive until own_all(), or until the end of the call.
   // Fallback: torch has to do this call, fallback_reason() says why. Adding more is still worth it: what is wrong with
@@ -58,11 +86,15 @@ class Gradients {
   // been resized to less than it needs.
   // Throws torch's own error for what cannot be written in place (expanded, inference tensors).
   Added add(at::TensorImpl* grad);
-  // The same for item `index` of an argument: throws a TypeError for NotFloating, a RuntimeError for NoMemory.
+  // The same for item `index` of the argument: throws a TypeError for NotFloating, a RuntimeError for NoMemory.
+  void add(at::TensorImpl* grad, int64_t index) { add(grad, argument_, index); }
+  // Of another argument.
   void add(at::TensorImpl* grad, const char* argument, int64_t index) {
     const Added added = add(grad);
     if (added != Added::Yes && added != Added::Fallback) refuse(*grad, added, argument, index);
   }
+  // Says that item `index` of the argument has no gradient.
+  void pass_over(int64_t index) { passed_over_.push_back(index); }
   // Has torch do this call for a reason that lies outside of the gradients.
   Added fall_back(std::string reason);
   // Keeps a gradient alive that nobody else may own.
@@ -77,6 +109,8 @@ class Gradients {
   const c10::SmallVectorImpl<Group>& groups() const { return groups_; }
   bool has_empty() const { return has_empty_; }
   const std::string& fallback_reason() const { return fallback_reason_; }
+  const char* argument() const { return argument_; }
+  const std::vector<int64_t>& passed_over() const { return passed_over_; }
   int64_t bytes() const { return bytes_; }
   bool has(DType dtype) const { return dtypes_ >> static_cast<int>(dtype) & 1; }
   // The promotion of the gradients' dtypes, at least float32.
@@ -96,9 +130,11 @@ class Gradients {
 
   Access access_;
   size_t expected_;
+  const char* argument_;
   c10::SmallVector<Group, 1> groups_;  // in the order of their first gradients
   std::vector<at::Tensor> kept_;
   std::vector<c10::Storage> kept_memory_;
+  std::vector<int64_t> passed_over_;  // indices of items without a gradient, ascending
   int64_t bytes_ = 0;
   int64_t count_ = 0;
   uint8_t dtypes_ = 0;  // bit set of DType
@@ -111,20 +147,22 @@ class Gradients {
 double total_norm(const Group& group, NormType type);
 double total_norm(const Group& group, NormType type, StatisticsRow* rows);  // also adds to the gradients' rows
 at::Tensor empty_statistics(int64_t gradients);                             // the rows, all zero
-void scale(Group& group, double coef);
+void scale(Group& group, double coef, Nonfinite nonfinite = Nonfinite::Propagate);
 void clamp(Group& group, double clip_value);
+int64_t first_nonfinite(const Group& group);  // the row of the first gradient with inf or NaN, -1 if there is none
 
 // A norm as users get it: rounded to norm_dtype(), and as a 0-d tensor on the CPU.
 double rounded(double total_norm, at::ScalarType norm_dtype);
 at::Tensor number_tensor(double value, at::ScalarType dtype);  // float32 or float64
 
-// Throws torch's error when the norm that the user would get is not finite.
-void check_finite(double returned_norm, const std::string& order);
-void check_finite(double returned_norm, NormType type);
+// Throws torch's error when the norm that the user would get is not finite; then it looks for the first bad gradient,
+// which waits for the device.
+void check_finite(Gradients& grads, double returned_norm, NormType type);
+void check_finite(double returned_norm, const std::string& order, const std::string& where = "");
 
 // The clip coefficient, from the unrounded norm. Where the user gets inf or NaN, torch's results hold: everything
-// finite becomes 0, what was infinite NaN.
-double coef_for(double max_norm, double total_norm, double returned_norm);
+// finite becomes 0, what was infinite NaN; or what `nonfinite` says.
+double coef_for(double max_norm, double total_norm, double returned_norm, Nonfinite nonfinite = Nonfinite::Propagate);
 
 // The order of the norm where a kernel computes it.
 std::optional<NormType> fused_norm_type(double p);
@@ -147,16 +185,23 @@ struct Prepared {
 };
 
 // What gradients that are multiplied by grad_scale have to be multiplied by to be unscaled and clipped.
-double step_factor(double max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype);
-Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, at::ScalarType norm_dtype);
+double step_factor(double max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype,
+                   Nonfinite nonfinite);
+Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, at::ScalarType norm_dtype,
+                          Nonfinite nonfinite);
 
 // The functions of fastclip._C, on packed gradients.
 // With `statistics`, a tensor that becomes [gradients, 6] float64, also when the norm is not finite and that is an
 // error.
 at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite, at::Tensor* statistics = nullptr);
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
-                          at::Tensor* statistics = nullptr);
-void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm);
+// With `report`, it is filled too, in the same cases.
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, Nonfinite nonfinite,
+                          at::Tensor* statistics = nullptr, ClipReport* report = nullptr);
+void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm,
+                          Nonfinite nonfinite = Nonfinite::Propagate);
+// What clip_grads_with_norm() is going to do, and which gradient is the first bad one if the norm is not finite.
+void report_on(Gradients& grads, const Number& max_norm, const Number& total_norm, Nonfinite nonfinite,
+               ClipReport& report);
 void clip_grad_value(Gradients& grads, double clip_value);
 
 // Prepares the step of an optimizer whose gradients are still multiplied by grad_scale. Reads them once. In place: also
@@ -164,8 +209,10 @@ void clip_grad_value(Gradients& grads, double clip_value);
 //
 // Whether one is shows in the norm, unrounded: it is finite exactly when all of them are. A sum of squares of finite
 // float32 is at most 2^256 times their number, and float64 reaches to 2^1024. Only float64 gradients can have a norm
-// beyond their dtype, above 1.8e308; that counts as inf.
+// beyond their dtype, above 1.8e308; that counts as inf. With Nonfinite::Skip so does each norm that the user gets as
+// inf.
 Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
-                      at::Tensor* statistics = nullptr);
+                      Nonfinite nonfinite = Nonfinite::Propagate, at::Tensor* statistics = nullptr,
+                      ClipReport* report = nullptr);
 
 }  // namespace fastclip

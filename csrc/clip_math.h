@@ -43,6 +43,17 @@ FASTCLIP_HOST_DEVICE inline double group_coef(double max_norm, double total_norm
   return clip_coef(max_norm, finite ? total_norm : returned_norm);
 }
 
+// The same where the norm is not finite and that has consequences of its own. Under Nonfinite::Zero a coefficient of 0
+// stores zeros, since a product with inf or NaN is NaN.
+FASTCLIP_HOST_DEVICE inline double clip_coef(double max_norm, double total_norm, Nonfinite nonfinite) {
+  if (nonfinite == Nonfinite::Propagate || total_norm - total_norm == 0) return clip_coef(max_norm, total_norm);
+  return nonfinite == Nonfinite::Zero ? 0 : 1;
+}
+
+FASTCLIP_HOST_DEVICE inline bool must_zero(double coef, Nonfinite nonfinite) {
+  return coef == 0 && nonfinite == Nonfinite::Zero;
+}
+
 // Whether gradients have to be written: a coefficient of 1 changes nothing, NaN does, and so does one above 1, which
 // only gradients with a grad_scale below 1 have.
 FASTCLIP_HOST_DEVICE inline bool must_scale(double coef) {

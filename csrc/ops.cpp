@@ -38,8 +38,8 @@ auto run(const std::string& reason, Native native, Torch torch) {
 }
 
 Gradients collect(TensorList tensors, Access access, const char* argument) {
-  Gradients grads(access, tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) grads.add(tensors[i].unsafeGetTensorImpl(), argument, i);
+  Gradients grads(access, tensors.size(), argument);
+  for (size_t i = 0; i < tensors.size(); ++i) grads.add(tensors[i].unsafeGetTensorImpl(), i);
   return grads;
 }
 
@@ -83,7 +83,10 @@ Tensor clip_grad_norm(TensorList tensors, const Number& max_norm, double norm_ty
   if (grads.none()) return number_tensor(0, at::kFloat);
   return run(
       why_not_fused(grads, norm_type),
-      [&] { return fastclip::clip_grad_norm(grads, max_norm, *fused_norm_type(norm_type), error_if_nonfinite); },
+      [&] {
+        const Nonfinite nonfinite = error_if_nonfinite ? Nonfinite::Raise : Nonfinite::Propagate;
+        return fastclip::clip_grad_norm(grads, max_norm, *fused_norm_type(norm_type), nonfinite);
+      },
       [&] {
         const Tensor norm = norm_by_torch(tensors, norm_type, error_if_nonfinite);
         scale_by_torch(tensors, max_norm, norm);

@@ -8,6 +8,9 @@ namespace fastclip {
 
 enum class DType : uint8_t { F32, F64, F16, BF16 };
 enum class NormType : uint8_t { L1, L2, Inf };
+// What a call does where the norm that the user gets is inf or NaN: scale by it, as torch does; raise an error; leave
+// the gradients as they are; set all of them to zero.
+enum class Nonfinite : uint8_t { Propagate, Raise, Skip, Zero };
 
 constexpr int64_t item_size(DType dtype) {
   return dtype == DType::F64 ? 8 : dtype == DType::F32 ? 4 : 2;

@@ -7,6 +7,7 @@ from fastclip._version import __version__
 from fastclip.adaptive import clip_grad_adaptive_
 from fastclip.amp import GradScaler
 from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from fastclip.clip_report import ClipReport, last_report
 from fastclip.counters import counters, reset_counters
 from fastclip.groups import clip_grad_norms_
 from fastclip.optim import ClippedOptimizer
@@ -14,6 +15,7 @@ from fastclip.patching import is_patched, patch, patched, unpatch
 from fastclip.statistics import GradStatistics
 
 __all__ = [
+    "ClipReport",
     "ClippedOptimizer",
     "GradScaler",
     "GradStatistics",
@@ -28,6 +30,7 @@ __all__ = [
     "counters",
     "get_total_norm",
     "is_patched",
+    "last_report",
     "patch",
     "patched",
     "reset_counters",

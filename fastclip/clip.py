@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fastclip import _torch_functions, compiled, distributed, watching
+from fastclip import _torch_functions, clip_report, compiled, distributed, watching
 from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
 from fastclip.statistics import GradStatistics
@@ -76,7 +76,8 @@ def get_total_norm(
                 return result
         reason = result
     count_fallback(reason)
-    return _torch_functions.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+    with clip_report.naming_the_first_bad("tensors", tensors):
+        return _torch_functions.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
 
 
 def clip_grad_norm_(
@@ -89,6 +90,7 @@ def clip_grad_norm_(
     process_group: "ProcessGroup | None" = None,
     process_groups: "Mapping[ProcessGroup, Tensors] | None" = None,
     statistics: GradStatistics | None = None,
+    nonfinite: str | None = None,
 ) -> Tensor:
     """Scales all gradients in place so that their common norm is at most ``max_norm``.
 
@@ -101,7 +103,8 @@ def clip_grad_norm_(
             float32, float64, float16 or bfloat16, mixed as they come.
         max_norm: the threshold, a number or a 0-d tensor, in the gradients' own unit.
         norm_type: order of the norm; 1, 2 and inf (or ``"inf"``) are fused, others are done by torch.
-        error_if_nonfinite: raise when the norm is inf or NaN, and leave every gradient as it was.
+        error_if_nonfinite: raise when the norm is inf or NaN, and leave every gradient as it was. The message names
+            the first gradient with inf or NaN.
         foreach: accepted for compatibility; means something only where torch does the work.
         process_group: the ranks of this group hold different parts of the model, as the stages of a pipeline do: the
             norm is that of all parts. All of them have to call, also one that has no parameters.
@@ -110,6 +113,10 @@ def clip_grad_norm_(
             it, with an empty list if need be, and several groups in the same order.
         statistics: its ``values`` become what the same pass over memory knows of each gradient before clipping, see
             ``GradStatistics``. Under torch.compile a call with statistics leaves the graph.
+        nonfinite: what to do when the norm is inf or NaN. ``"propagate"`` scales by it, as torch does and as without
+            the argument: everything becomes 0 or NaN. ``"skip"`` leaves every gradient as it is. ``"zero"`` stores 0
+            in all of them. ``fastclip.last_report()`` then says what was done and which gradient is the first with inf
+            or NaN; the call itself does not wait for that. Under torch.compile it leaves the graph.
 
     Returns:
         The norm before clipping: a new 0-d tensor on the first gradient's device, in the promotion of the gradients'
@@ -119,7 +126,8 @@ def clip_grad_norm_(
     Raises:
         TypeError: an item is not a tensor, or its gradient is not of a floating-point dtype; the message has its index.
             ``statistics`` is neither None nor a GradStatistics.
-        ValueError: ``max_norm`` or ``norm_type`` is text that is not a number; a tensor in ``process_groups`` is not
+        ValueError: ``nonfinite`` is another value, or ``"skip"`` or ``"zero"`` beside ``error_if_nonfinite``;
+            ``max_norm`` or ``norm_type`` is text that is not a number; a tensor in ``process_groups`` is not
             one of ``parameters``; with process groups, a norm type that is not fused.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set; or, as in torch, a gradient cannot be
             written in place because several of its elements share one place in memory.
@@ -136,10 +144,19 @@ def clip_grad_norm_(
                 foreach,
                 process_group=process_group,
                 process_groups=process_groups,
+                nonfinite=nonfinite,
             )
-    if statistics is not None:
-        return _clip_with_statistics(
-            parameters, max_norm, norm_type, error_if_nonfinite, foreach, process_group, process_groups, statistics
+    if nonfinite is not statistics:  # one look at both: mostly they are None
+        return _clip_and_tell(
+            parameters,
+            max_norm,
+            norm_type,
+            error_if_nonfinite,
+            foreach,
+            process_group,
+            process_groups,
+            statistics,
+            nonfinite,
         )
     if is_dynamo_compiling() and process_group is None and not process_groups:
         return compiled.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
@@ -162,7 +179,8 @@ def clip_grad_norm_(
                 return result
         reason = result
     count_fallback(reason)
-    return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    with clip_report.naming_the_first_bad("parameters", parameters):
+        return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
 def clip_recorded(
@@ -172,17 +190,17 @@ def clip_recorded(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
-    **groups: object,
+    **others: object,
 ) -> Tensor:
     """``clip_grad_norm_`` whose statistics go into a recording, if there is one. Watchers were asked before."""
     if recording is None and not watching.watchers:
-        return clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach, **groups)
+        return clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach, **others)
     statistics = recording.statistics if recording else None
     norm = None
     try:
         with watching.unasked():
             norm = clip_grad_norm_(
-                parameters, max_norm, norm_type, error_if_nonfinite, foreach, statistics=statistics, **groups
+                parameters, max_norm, norm_type, error_if_nonfinite, foreach, statistics=statistics, **others
             )
     finally:
         # Also after the error for a norm that is not finite: that step says most about it.
@@ -192,36 +210,56 @@ def clip_recorded(
 
 
 @torch._disable_dynamo
-def _clip_with_statistics(
-    parameters, max_norm, norm_type, error_if_nonfinite, foreach, process_group, process_groups, statistics
+def _clip_and_tell(
+    parameters,
+    max_norm,
+    norm_type,
+    error_if_nonfinite,
+    foreach,
+    process_group,
+    process_groups,
+    statistics: GradStatistics | None,
+    nonfinite: str | None,
 ) -> Tensor:
-    check_statistics(statistics)
-    statistics.values = None
+    """A call with statistics, or with ``nonfinite``, of which there is a report then."""
+    if nonfinite is not None:
+        clip_report.check(nonfinite, error_if_nonfinite)
+    if statistics is not None:
+        check_statistics(statistics)
+        statistics.values = None
     parameters = _parameters_of(parameters)
     if process_group is not None or process_groups:
         return distributed.clip_grad_norm_(
-            parameters, max_norm, norm_type, error_if_nonfinite, process_group, process_groups, statistics
+            parameters, max_norm, norm_type, error_if_nonfinite, process_group, process_groups, statistics, nonfinite
         )
     reason = NOT_BUILT
     if _C:
-        result = _C.clip_grad_norm_with_statistics(parameters, max_norm, norm_type, error_if_nonfinite, statistics)
+        with clip_report.filled(nonfinite, error_if_nonfinite) as report:
+            result = _C.clip_grad_norm_and_tell(
+                parameters, max_norm, norm_type, error_if_nonfinite, statistics, nonfinite, report
+            )
         if result is None:
-            statistics.values = statistics_by_torch([], norm_type)
+            if statistics is not None:
+                statistics.values = statistics_by_torch([], norm_type)
+            if nonfinite is not None:
+                clip_report.remember(clip_report.Known(0.0, 1.0), nonfinite)
             return torch.tensor(0.0)
         if type(result) is not str:
             return result
         if result == "subclass":
             result = distributed.clip_grad_norm_(
-                parameters, max_norm, norm_type, error_if_nonfinite, statistics=statistics
+                parameters, max_norm, norm_type, error_if_nonfinite, statistics=statistics, nonfinite=nonfinite
             )
             if type(result) is not str:
                 return result
         reason = result
     count_fallback(reason)
-    grads = [p.grad for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
-    values = statistics_by_torch(grads, norm_type)
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    if statistics is None:
+        return clip_report.clip_by_torch(parameters, max_norm, norm_type, error_if_nonfinite, foreach, nonfinite)
+    values = statistics_by_torch([p.grad for p in parameters if p.grad is not None], norm_type)
     try:
-        norm = _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        norm = clip_report.clip_by_torch(parameters, max_norm, norm_type, error_if_nonfinite, foreach, nonfinite)
     except RuntimeError as error:
         if "is non-finite" in str(error):
             statistics.values = values

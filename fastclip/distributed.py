@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastclip import _torch_functions
+from fastclip import _torch_functions, clip_report
 from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
 from fastclip.statistics import COLUMNS, GradStatistics, by_torch
@@ -49,6 +49,7 @@ def clip_grad_norm_(
     process_group=None,
     process_groups: Mapping | None = None,
     statistics: GradStatistics | None = None,
+    nonfinite: str | None = None,
 ) -> Tensor | str:
     grads = _Gradients(parameters, "parameters")
     given = _given_groups(grads, process_group, process_groups)
@@ -56,8 +57,13 @@ def clip_grad_norm_(
     if reason:
         return reason
     max_norm = _full(max_norm)
-    norm, unrounded = grads.total_norm(norm_type, error_if_nonfinite, given, statistics)
-    grads.scale(max_norm, unrounded)
+    norm, unrounded = grads.total_norm(norm_type, error_if_nonfinite and nonfinite is None, given, statistics)
+    if nonfinite is not None:
+        report = grads.report_on(max_norm, unrounded, norm, "skip" if error_if_nonfinite else nonfinite)
+        clip_report.remember(report, nonfinite, error_if_nonfinite)
+        if error_if_nonfinite:
+            grads.check_finite(unrounded, float(norm_type))
+    grads.scale(max_norm, unrounded, nonfinite)
     grads.count_call()
     return norm
 
@@ -152,7 +158,7 @@ class _Gradients:
         unrounded = reduction.norm(_all_reduce(terms, groups, list(given), reduction, device))
         norm = unrounded.to(self._norm_dtype())
         if error_if_nonfinite:
-            _torch_functions.get_total_norm([norm], p, error_if_nonfinite=True)  # torch's own error
+            self.check_finite(norm, p)
         # Where the user gets inf or NaN, torch's results hold: everything finite becomes 0.
         unrounded = torch.where(norm.isfinite(), unrounded, norm.double())
         if not given and (mesh := self._common_mesh()) is not None:
@@ -160,10 +166,26 @@ class _Gradients:
             norm = module.DTensor.from_local(norm, mesh, [module.Replicate()] * mesh.ndim, run_check=False)
         return norm, unrounded
 
-    def scale(self, max_norm: float | Tensor, total_norm: Tensor) -> None:
+    def check_finite(self, norm: Tensor, p: float) -> None:
+        with clip_report.naming_the_first_bad(self.argument, self.items, " on this rank"):
+            _torch_functions.get_total_norm([norm], p, error_if_nonfinite=True)  # torch's own error
+
+    def report_on(self, max_norm: float | Tensor, total_norm: Tensor, returned: Tensor, nonfinite: str):
+        """What is about to be done, and which gradient of this rank is the first bad one. No rank is asked."""
+        reason = self.fallback_reason
+        if _C:
+            report, tensors = _C.ClipReport(), [local for local in self.locals if local is not None]
+            missing = [index for index, local in enumerate(self.locals) if local is None]
+            reason = _C.report_on(report, tensors, missing, max_norm, total_norm, _full(returned), nonfinite)
+            if reason is None:
+                return report
+        self.fallback_reason = reason
+        return clip_report.known(_full(returned).item(), max_norm, nonfinite, self.locals)
+
+    def scale(self, max_norm: float | Tensor, total_norm: Tensor, nonfinite: str | None = None) -> None:
         self._write(
-            lambda tensors: _C.scale_by_norm_(tensors, max_norm, total_norm),
-            lambda holders: _torch_functions.clip_grads_with_norm_(holders, max_norm, total_norm),
+            lambda tensors: _C.scale_by_norm_(tensors, max_norm, total_norm, nonfinite),
+            lambda holders: clip_report.scale_by_torch(holders, max_norm, total_norm, nonfinite),
         )
 
     def clamp(self, clip_value: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastclip import watching
+from fastclip import clip_report, watching
 from fastclip.statistics import GradStatistics
 from fastclip.statistics import check as check_statistics
 from fastclip.step_clipping import AMP_ATTRIBUTES, StepClipping, Threshold, number
@@ -77,13 +77,18 @@ class ClippedOptimizer(Optimizer):
             Under a GradScaler norms and maxima are the true, unscaled ones; elements are counted as they lie in memory
             (zero or subnormal while still scaled, where the step reads them so).
         monitor: a ``fastclip.GradientMonitor`` that records each step; the same as ``monitor.attach(…)``.
+        nonfinite: what a step does when the norm is inf or NaN, ``"propagate"``, ``"skip"`` or ``"zero"``, see
+            ``fastclip.clip_grad_norm_``; may be set at any time. ``"skip"`` leaves the step out: by ``found_inf`` where
+            the optimizer is fused, which waits for nothing; others are not called, and to know that waits for the
+            device. ``"zero"`` clips in place. ``fastclip.last_report()`` says what was done.
 
     A parameter group may have a threshold of its own, ``param_groups[i]["max_norm"]`` (None: it is not clipped). It is
     then clipped by its own norm, in place, and no part of the common norm; groups without the key share that one.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer or is a ClippedOptimizer; a threshold is not a number.
-        ValueError: a threshold is negative or NaN, or both thresholds are given; ``fold=True`` is not possible.
+        ValueError: a threshold is negative or NaN, or both thresholds are given; ``fold=True`` is not possible;
+            ``nonfinite`` is another value, or there is no norm (``clip_value``).
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class ClippedOptimizer(Optimizer):
         clip_value: float | None = None,
         statistics: GradStatistics | None = None,
         monitor: watching.Watcher | None = None,
+        nonfinite: str | None = None,
     ):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -106,6 +112,7 @@ class ClippedOptimizer(Optimizer):
         _check_thresholds(max_norm, clip_value)
         if monitor is not None and not callable(getattr(monitor, "attach", None)):
             raise TypeError(f"monitor: expected a fastclip.GradientMonitor, got {type(monitor).__name__}")
+        _check_nonfinite(nonfinite, clip_value)
         self.__setstate__(
             {
                 "optimizer": optimizer,
@@ -113,6 +120,7 @@ class ClippedOptimizer(Optimizer):
                 "norm_type": norm_type,
                 "fold": fold,
                 "clip_value": clip_value,
+                "nonfinite": nonfinite,
             }
         )
         self.statistics = statistics
@@ -140,7 +148,17 @@ class ClippedOptimizer(Optimizer):
     @clip_value.setter
     def clip_value(self, value: float | None) -> None:
         _check_thresholds(self.max_norm, value)
+        _check_nonfinite(self.nonfinite, value)
         self._clipping.clip_value = value
+
+    @property
+    def nonfinite(self) -> str | None:
+        return self._clipping.nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str | None) -> None:
+        _check_nonfinite(value, self.clip_value)
+        self._clipping.nonfinite = value
 
     @property
     def statistics(self) -> GradStatistics | None:
@@ -173,6 +191,7 @@ class ClippedOptimizer(Optimizer):
         """Clips and steps; returns what the optimizer returns.
 
         With a closure, the gradients of each of its evaluations are clipped (LBFGS makes several in a step).
+        ``nonfinite="skip"`` can leave a step out after the first one.
 
         Raises:
             RuntimeError: called during the backward pass, when only a part of the gradients exists.
@@ -197,10 +216,9 @@ class ClippedOptimizer(Optimizer):
                 closure = _closure(*call[0][1:], **call[1])
             grad_scale, found_inf = own.get("grad_scale"), own.get("found_inf")
             if closure is None:
-                clipping.clip(grad_scale, found_inf)
-                result = optimizer.step()
+                result = None if clipping.clip(grad_scale, found_inf) else optimizer.step()
             else:
-                result = optimizer.step(clipping.clipped(closure, grad_scale, found_inf))
+                result = clipping.step(closure, grad_scale, found_inf)
             clipping.steps += 1
             if post_hooks:
                 call = call or _call_of_step(self, closure)
@@ -271,7 +289,7 @@ class ClippedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, hooks stay behind, and so does what schedulers put on an instance. Statistics and monitors are
         # the user's objects: copies and unpickled optimizers fill none.
-        names = "optimizer", "max_norm", "norm_type", "fold", "clip_value", "steps", "honours_grad_scale"
+        names = "optimizer", "max_norm", "norm_type", "fold", "clip_value", "steps", "honours_grad_scale", "nonfinite"
         return {name: getattr(self._clipping, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -283,6 +301,14 @@ class ClippedOptimizer(Optimizer):
 
 
 _step_outside_of_graphs = torch._disable_dynamo(ClippedOptimizer.step)
+
+
+def _check_nonfinite(value: str | None, clip_value: float | None) -> None:
+    if value is None:
+        return
+    clip_report.check(value)
+    if clip_value is not None:
+        raise ValueError(f"nonfinite: expected None with clip_value, which takes no norm, got {value!r}")
 
 
 def _forget(attributes: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import _current_graph_task_id
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from fastclip import clip, watching
+from fastclip import clip, clip_report, watching
 from fastclip._native import _C
 from fastclip.counters import count_fallback
 from fastclip.statistics import COLUMNS, GradStatistics
@@ -25,6 +25,10 @@ AMP_ATTRIBUTES = "grad_scale", "found_inf"
 Threshold = float | Tensor | Callable[[int], float | Tensor]
 
 
+class _StepLeftOut(Exception):
+    """Ends the step of an optimizer from inside its closure, whose result is the argument."""
+
+
 class StepClipping:
     """The clipping of one optimizer's gradients; arguments as those of ``ClippedOptimizer``.
 
@@ -34,11 +38,13 @@ class StepClipping:
     __slots__ = (
         "clip_value",
         "fold",
+        "found_inf",
         "honours_grad_scale",
         "is_recorded",
         "last",
         "max_norm",
         "monitors",
+        "nonfinite",
         "norm_type",
         "optimizer",
         "prepared",
@@ -55,6 +61,7 @@ class StepClipping:
         clip_value: float | None,
         steps: int = 0,
         honours_grad_scale: bool | None = None,
+        nonfinite: str | None = None,
     ):
         self.optimizer = optimizer
         self.max_norm = max_norm
@@ -62,6 +69,8 @@ class StepClipping:
         self.fold = fold
         self.clip_value = clip_value
         self.steps = steps  # taken so far
+        self.nonfinite = nonfinite
+        self.found_inf: Tensor | None = None  # 1 where the norm read last is not finite
         self.statistics: GradStatistics | None = None
         self.monitors: list[watching.Watcher] = []
         self.last: tuple[Tensor | None, float | Tensor | None] = None, None  # total_norm and max_norm, last step
@@ -74,10 +83,26 @@ class StepClipping:
     @property
     def last_clip_coef(self) -> Tensor | None:
         norm, max_norm = self.last
-        return None if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1)
+        if norm is None:
+            return None
+        coef = (max_norm / (norm + 1e-6)).clamp(max=1)
+        if self.nonfinite not in ("skip", "zero"):
+            return coef
+        return torch.where(norm.isfinite(), coef, 1.0 if self.nonfinite == "skip" else 0.0)
 
-    def clip(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, is_recorded: bool = True) -> None:
+    def step(self, closure: Callable[[], Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
+        """The step of an optimizer with a closure."""
+        try:
+            return self.optimizer.step(self.clipped(closure, grad_scale, found_inf))
+        except _StepLeftOut as left_out:
+            return left_out.args[0]
+
+    def clip(
+        self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, is_recorded: bool = True
+    ) -> bool | None:
         """Clips, or leaves attributes on the optimizer with which its step clips. The caller removes these after it.
+
+        Returns whether the caller has to leave the step out.
 
         Args:
             grad_scale, found_inf: what a GradScaler has left for this step.
@@ -87,7 +112,7 @@ class StepClipping:
             return self._clip_unwatched(grad_scale, found_inf)
         is_new = self.prepared is None and not self.is_recorded
         with self._watched(is_recorded and is_new, grad_scale):
-            self._clip_unwatched(grad_scale, found_inf)
+            return self._clip_unwatched(grad_scale, found_inf)
 
     def clipped(
         self, closure: Callable[[], Any], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -99,7 +124,10 @@ class StepClipping:
             loss = closure()
             for name in AMP_ATTRIBUTES if self.honours_grad_scale else ():  # of the evaluation before
                 self.optimizer.__dict__.pop(name, None)
-            self.clip(grad_scale, found_inf, is_recorded=next(evaluations) == 0)
+            is_first = next(evaluations) == 0
+            # Later, an optimizer is in the middle of its step, with parameters on trial.
+            if self.clip(grad_scale, found_inf, is_recorded=is_first) and is_first:
+                raise _StepLeftOut(loss)
             return loss
 
         return evaluate
@@ -122,12 +150,12 @@ class StepClipping:
             total_norm, max_norm = self.last if has_one_norm else (None, None)
             recording.finish(total_norm, max_norm, self.norm_type, grad_scale)
 
-    def _clip_unwatched(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _clip_unwatched(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool | None:
         if self.clip_value is not None and not self._has_own_thresholds():
             if self.statistics is not None:
                 self.statistics.values = self._rows_of(self._all_parameters())
             clip.clip_grad_value_(self._parameters(), self.clip_value)
-            return
+            return None
         if _current_graph_task_id() != -1:
             raise RuntimeError(
                 "ClippedOptimizer.step() was called during the backward pass (from a gradient hook, as an optimizer in "
@@ -137,6 +165,8 @@ class StepClipping:
             (grad_scale,) = self.prepared
         elif (parameters := self._foldable()) is not None:
             grad_scale = self._read_norm(parameters, grad_scale)
+            if self.nonfinite == "skip" and found_inf is None:
+                found_inf = self.found_inf
         else:
             self.check_fold()
             return self._clip_in_place()
@@ -145,8 +175,9 @@ class StepClipping:
             self.optimizer.grad_scale = grad_scale
         if found_inf is not None:
             self.optimizer.found_inf = found_inf
+        return None
 
-    def _clip_in_place(self) -> None:
+    def _clip_in_place(self) -> bool | None:
         # All thresholds are read before anything is clipped, since one may be wrong.
         own = [
             (group["params"], self._threshold(group["max_norm"], f"param_groups[{i}]['max_norm']"))
@@ -155,17 +186,36 @@ class StepClipping:
         ]
         max_norm = None if self.max_norm is None else self._threshold(self.max_norm)
         calls = None if self.statistics is None else _Calls(self.statistics)
+        norms = []
         for parameters, threshold in own:
-            clip.clip_grad_norm_(parameters, threshold, self.norm_type, statistics=calls and calls.next(parameters))
+            statistics = calls and calls.next(parameters)
+            norms.append(
+                clip.clip_grad_norm_(
+                    parameters, threshold, self.norm_type, statistics=statistics, nonfinite=self.nonfinite
+                )
+            )
         if max_norm is not None:
             parameters = self._parameters()
             statistics = calls and calls.next(parameters)
-            norm = clip.clip_grad_norm_(parameters, max_norm, self.norm_type, statistics=statistics)
+            norm = clip.clip_grad_norm_(
+                parameters, max_norm, self.norm_type, statistics=statistics, nonfinite=self.nonfinite
+            )
             self.last = _plain(norm), max_norm
+            norms.append(norm)
         if calls:
             calls.gather(self._all_parameters(), self._rows_of)
         if self.clip_value is not None:
             clip.clip_grad_value_(self._parameters(), self.clip_value)
+        return self._leaves_out(norms) if self.nonfinite == "skip" else None
+
+    def _leaves_out(self, norms: list[Tensor]) -> bool:
+        """Whether the caller has to leave the step out, or the optimizer is told how to know it."""
+        if not (self.honours_grad_scale and all(group.get("fused", True) for group in self.optimizer.param_groups)):
+            return not all(bool(_plain(norm).isfinite()) for norm in norms)  # waits
+        if norms:
+            is_finite = torch.stack([_plain(norm).isfinite().to(norms[-1].device) for norm in norms]).all()
+            self.optimizer.found_inf = is_finite.logical_not().float()
+        return False
 
     def _threshold(self, value: Threshold, argument: str = "max_norm") -> float | Tensor:
         value = number(value(self.steps) if callable(value) else value, argument)
@@ -176,7 +226,7 @@ class StepClipping:
     def _foldable(self) -> list[Tensor] | None:
         """The parameters whose clipping the step takes over, None where it does not."""
         groups = self.optimizer.param_groups
-        if self.fold is False or not self.honours_grad_scale or self.max_norm is None:
+        if self.fold is False or not self.honours_grad_scale or self.max_norm is None or self.nonfinite == "zero":
             return None
         for group in groups:
             if "max_norm" in group or not group.get("fused", True):
@@ -200,7 +250,8 @@ class StepClipping:
             raise ValueError(
                 "fold: expected with True an optimizer that honours grad_scale (torch's SGD, Adam, AdamW, Adagrad with "
                 "fused=True in all groups) and one max_norm for all groups, got "
-                f"{type(self.optimizer).__name__}, max_norm={self.max_norm}, clip_value={self.clip_value}, groups "
+                f"{type(self.optimizer).__name__}, max_norm={self.max_norm}, clip_value={self.clip_value}, "
+                f"nonfinite={self.nonfinite}, groups "
                 f"with fused={[group.get('fused') for group in self.optimizer.param_groups]}, "
                 f"max_norm={[group.get('max_norm', 'missing') for group in self.optimizer.param_groups]}"
             )
@@ -212,14 +263,14 @@ class StepClipping:
             max_norm = self._threshold(max_norm)
         reason = None
         if _C:
-            if self.statistics is None:  # not by way of _prepare(): a frame of Python less
+            if self.statistics is None and self.nonfinite is None:  # not by way of _prepare(): a frame of Python less
                 prepared = _C.prepare_step(parameters, max_norm, self.norm_type, grad_scale, False)
             else:
-                prepared = self._prepare(parameters, max_norm, grad_scale, False)
+                prepared = self._prepare(parameters, max_norm, grad_scale, False, self.nonfinite)
             if prepared is None:  # no gradients
                 prepared = torch.tensor(0.0), grad_scale, None
             if type(prepared) is not str:
-                self.last = prepared[0], max_norm
+                self.last, self.found_inf = (prepared[0], max_norm), prepared[2]
                 return prepared[1]
             reason = prepared
         if self.fold is True and reason == "sparse":
@@ -230,6 +281,12 @@ class StepClipping:
             norm = clip.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
             norm = _plain(norm)
             self.last = norm if grad_scale is None else norm / grad_scale, max_norm
+            if self.nonfinite is not None:
+                self.found_inf = self.last[0].isfinite().logical_not().float()
+                grads = [p.grad for p in parameters]
+                clip_report.remember(
+                    clip_report.known(self.last[0].item(), max_norm, self.nonfinite, grads), self.nonfinite
+                )
             return ((1 if grad_scale is None else grad_scale) / self.last_clip_coef).float()
 
     def prepare_scaled(self, grad_scale: Tensor) -> Tensor | None:
@@ -260,14 +317,27 @@ class StepClipping:
         self.prepared = (prepared[1] if folds else None,)
         return prepared[2]
 
-    def _prepare(self, parameters: list[Tensor], max_norm, grad_scale: Tensor | None, in_place: bool) -> Any:
+    def _prepare(
+        self,
+        parameters: list[Tensor],
+        max_norm,
+        grad_scale: Tensor | None,
+        in_place: bool,
+        nonfinite: str | None = None,
+    ) -> Any:
         statistics = self.statistics
-        if statistics is None:
+        if statistics is None and nonfinite is None:
             return _C.prepare_step(parameters, max_norm, self.norm_type, grad_scale, in_place)
-        statistics.values = None
-        prepared = _C.prepare_step_with_statistics(
-            parameters, max_norm, self.norm_type, grad_scale, in_place, statistics
-        )
+        if statistics is not None:
+            statistics.values = None
+        with clip_report.filled(nonfinite, False) as report:
+            prepared = _C.prepare_step_and_tell(
+                parameters, max_norm, self.norm_type, grad_scale, in_place, statistics, nonfinite, report
+            )
+        if prepared is None and nonfinite is not None:
+            clip_report.remember(clip_report.Known(0.0, 1.0), nonfinite)
+        if statistics is None:
+            return prepared
         if prepared is None:
             statistics.values = statistics_by_torch([], self.norm_type)
         elif type(prepared) is not str:

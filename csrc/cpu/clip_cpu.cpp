@@ -1,5 +1,7 @@
 // The CPU backend: divides a table among threads and runs the kernels of this processor on the shares.
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../backend.h"
 #include "../clip_math.h"
@@ -104,6 +106,35 @@ void scale(const TensorTable& table, double coef) {
     run.scale(table.slices(), cuts[i], cuts[i + 1], factors.first);
     if (factors.second != 1) run.scale(table.slices(), cuts[i], cuts[i + 1], factors.second);
   });
+}
+
+void zero(const TensorTable& table) {
+  const int shares = shares_in_place(table);
+  const auto cuts = table.cut(shares);
+  for_each_share(shares, [&](int i) {
+    for (int64_t s = cuts[i].slice; s < cuts[i + 1].slice + (cuts[i + 1].byte > 0); ++s) {
+      const Slice& slice = table.slices()[s];
+      const int64_t begin = s == cuts[i].slice ? cuts[i].byte : 0;
+      const int64_t end = s == cuts[i + 1].slice ? cuts[i + 1].byte : slice.bytes;
+      std::memset(slice.data + begin, 0, end - begin);
+    }
+  });
+}
+
+int64_t first_nonfinite(const TensorTable& table) {
+  const int shares = shares_for(table);
+  const auto cuts = table.cut(shares);
+  const Kernels& run = kernels();
+  std::vector<int64_t> found(shares, table.size());
+  for_each_share(shares, [&](int i) {
+    for (int64_t s = cuts[i].slice; s < cuts[i + 1].slice + (cuts[i + 1].byte > 0) && found[i] == table.size(); ++s) {
+      const Cut begin = s == cuts[i].slice ? cuts[i] : Cut{s, 0};
+      const Cut end = s == cuts[i + 1].slice ? cuts[i + 1] : Cut{s + 1, 0};
+      if (!std::isfinite(run.reduce(table.slices(), begin, end, NormType::Inf))) found[i] = s;
+    }
+  });
+  const int64_t first = *std::min_element(found.begin(), found.end());
+  return first < table.size() ? first : -1;
 }
 
 void clamp(TensorTable& table, double clip_value) {

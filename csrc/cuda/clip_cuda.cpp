@@ -14,6 +14,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <optional>
@@ -40,9 +41,11 @@ c10::Storage new_storage(size_t bytes) {
   return c10::Storage(c10::Storage::use_byte_size_t(), bytes, allocator->allocate(bytes), allocator, true);
 }
 
-// What a call does with the gradients. examines: their statistics are wanted.
+// What a call does with the gradients. examines: their statistics are wanted. finds_bad: so is the first one with inf
+// or NaN.
 struct Plan {
-  bool reduces, writes, examines = false;
+  bool reduces, writes, examines = false, finds_bad = false;
+  Nonfinite nonfinite = Nonfinite::Propagate;
 };
 
 // One device's part of a call.
@@ -54,7 +57,7 @@ class Part {
         table_(group.dense.size() + (plan.reduces ? group.gapped.size() : 0)) {
     table_.add(group.dense);
     scale_rows_ = table_.rows();
-    examines_ = plan.examines;
+    examines_ = plan.examines, finds_bad_ = plan.finds_bad, nonfinite_ = plan.nonfinite;
     if (plan.reduces) {
       TensorTable copies;
       for (const Gapped& grad : group.gapped) {
@@ -107,6 +110,7 @@ class Part {
   at::Tensor norm(at::ScalarType dtype) const { return view(storage_, dtype, 0, {}); }
   at::Tensor coef() const { return view(storage_, at::kDouble, offsetof(Results, coef), {}); }
   at::Tensor grad_scale() const { return view(storage_, at::kFloat, offsetof(Results, grad_scale), {}); }
+  at::Tensor first_bad() const { return view(storage_, at::kInt, offsetof(Results, first_bad), {2}); }
   at::Tensor found_inf() const { return view(storage_, at::kFloat, offsetof(Results, found_inf), {}); }
   // The coefficient and the two factors that it is applied as.
   at::Tensor factors() const { return view(storage_, at::kDouble, offsetof(Results, coef), {3}); }
@@ -124,12 +128,38 @@ class Part {
     launch(job, table_, blocks_, stream);
   }
 
+  // Looks for the first bad gradient, in a launch of its own, if the norm is not finite: that which job.source gives.
+  void find_bad(Job job) const {
+    job.task = Task::Decide;
+    job.finds_bad = true;
+    job.parts = nullptr;
+    launch(job, table_, blocks_, stream);
+  }
+
+  // The same for the norm of this device's own gradients, which have been reduced.
+  void find_bad() const {
+    Job job = new_job();
+    job.source = Source::PartialNorms;
+    job.partials = blocks_;
+    find_bad(job);
+  }
+
+  // Adds what was found to a report.
+  void tell(ClipReport& report) const {
+    std::vector<uint32_t> rows;
+    rows.reserve(table_.size());
+    for (int64_t i = 0; i < group.dense.size(); ++i) rows.push_back(group.dense.slices()[i].row);
+    for (const Gapped& grad : group.gapped) rows.push_back(grad.row);
+    report.add_search(first_bad(), std::move(rows));
+  }
+
   // A job with everything in it but the task and the source.
   Job new_job() const {
     Job job{};
     job.grad_scale.value = 1;
     job.scale_rows = scale_rows_;
     job.partials = all_partials_;
+    job.nonfinite = nonfinite_;
     job.results = storage_ ? static_cast<Results*>(storage_.mutable_data()) : nullptr;
     return job;
   }
@@ -146,6 +176,7 @@ class Part {
 
   void norm(Job job) const {
     job.task = Task::Norm;
+    job.finds_bad = finds_bad_;
     job.source = Source::PartialNorms;
     launch(job, table_, blocks_, stream);
   }
@@ -155,10 +186,12 @@ class Part {
     job.source = Source::PartialNorms;
     if (!rounds_.empty()) {
       reduce(job.norm_type);
+      if (finds_bad_) find_bad(job);
       job.parts = nullptr;
       return scale(job);
     }
     job.task = Task::ReduceThenScale;
+    job.finds_bad = finds_bad_;
     launch(job, table_, blocks_, stream);
   }
 
@@ -187,6 +220,7 @@ class Part {
       } else {
         grad.tensor.mul_(first).mul_(second);
       }
+      if (nonfinite_ == Nonfinite::Zero) grad.tensor.masked_fill_(first.eq(0), 0);
     }
   }
 
@@ -212,7 +246,8 @@ class Part {
   int64_t scale_rows_;              // of the flat memory
   std::vector<PackedTable> rounds_;
   int blocks_ = 1, all_partials_ = 0;
-  bool examines_;
+  bool examines_, finds_bad_;
+  Nonfinite nonfinite_;
   c10::Storage storage_;                  // Results
   c10::Storage warp_parts_, statistics_;  // where statistics are wanted: WarpPart and StatisticsRow
 };
@@ -227,7 +262,7 @@ at::Tensor factors_tensor(double coef) {
 
 // All devices of a call.
 struct Call {
-  Call(Gradients& grads, Plan plan) : dtype(grads.norm_dtype()), count(grads.count()), examines(plan.examines) {
+  Call(Gradients& grads, Plan plan) : dtype(grads.norm_dtype()), count(grads.count()), plan(plan) {
     parts.reserve(grads.groups().size());
     for (Group& group : grads.groups()) {
       if (group.device.is_cpu()) {
@@ -251,6 +286,7 @@ struct Call {
       Part& part = parts[i];
       part.allocate();
       part.reduce(type);
+      if (plan.finds_bad) part.find_bad();
       lead().partial_norms(at, part.partials()).copy_(part.partial_norms(0, part.partials()), true);
       at += part.partials();
     }
@@ -268,7 +304,7 @@ struct Call {
     }
     if (!cpu) return;
     const double coef = lead().coef().item().toDouble();  // waits
-    if (must_scale(coef)) scale(*cpu, coef);
+    if (must_scale(coef)) scale(*cpu, coef, plan.nonfinite);
   }
 
   // Scales everywhere by a coefficient that the host knows.
@@ -280,7 +316,7 @@ struct Call {
       part.scale(job);
       part.finish_scaling();
     }
-    scale(*cpu, coef);
+    scale(*cpu, coef, plan.nonfinite);
   }
 
   // The norm, for the host. Waits.
@@ -288,6 +324,7 @@ struct Call {
     for (Part& part : parts) {
       part.allocate();
       part.reduce(type);
+      if (plan.finds_bad) part.find_bad();
     }
     double norm = norm_of_cpu(type);
     for (Part& part : parts) {
@@ -299,9 +336,23 @@ struct Call {
 
   // Of the gradients on the CPU. Their statistics stay in cpu_statistics.
   double norm_of_cpu(NormType type) {
-    if (!examines) return total_norm(*cpu, type);
-    cpu_statistics = empty_statistics(count);
-    return total_norm(*cpu, type, static_cast<StatisticsRow*>(cpu_statistics.mutable_data_ptr()));
+    double norm;
+    if (plan.examines) {
+      cpu_statistics = empty_statistics(count);
+      norm = total_norm(*cpu, type, static_cast<StatisticsRow*>(cpu_statistics.mutable_data_ptr()));
+    } else {
+      norm = total_norm(*cpu, type);
+    }
+    if (plan.finds_bad && !std::isfinite(norm)) bad_row_of_cpu = first_nonfinite(*cpu);
+    return norm;
+  }
+
+  // What the parts have found, once all of them have been asked.
+  void tell(ClipReport& report, const Gradients& grads, at::Tensor norm, at::Tensor coef) const {
+    report.total_norm = std::move(norm), report.clip_coef = std::move(coef);
+    report.set_passed_over(grads.passed_over());
+    report.add_row(bad_row_of_cpu);
+    for (const Part& part : parts) part.tell(report);
   }
 
   // The statistics of all gradients, on the leading device, once all parts have reduced. Those of a list without gaps
@@ -332,8 +383,9 @@ struct Call {
   bool host_leads;
   at::ScalarType dtype;  // of the norm that the user gets
   int64_t count;         // of gradients, empty ones too
-  bool examines;
+  Plan plan;
   at::Tensor cpu_statistics;
+  int64_t bad_row_of_cpu = -1;  // as ClipReport has it
 };
 
 // A number as a kernel on `device` reads it. A copy of it, if one has to be made, is kept in `kept`.
@@ -372,49 +424,63 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
     norm = call.lead().norm(call.dtype);
   }
   if (statistics) *statistics = call.statistics();
-  if (error_if_nonfinite) check_finite(norm.item().toDouble(), type);
+  if (error_if_nonfinite) check_finite(grads, norm.item().toDouble(), type);
   return norm;
 }
 
-static at::Tensor clip_led_by_host(Call& call, double max_norm, NormType type, bool error_if_nonfinite,
-                                   at::Tensor* statistics) {
+static at::Tensor clip_led_by_host(Call& call, Gradients& grads, double max_norm, NormType type, at::Tensor* statistics,
+                                   ClipReport* report) {
   const double total_norm = call.norm_here(type), returned_norm = rounded(total_norm, call.dtype);
   if (statistics) *statistics = call.statistics();
-  if (error_if_nonfinite) check_finite(returned_norm, type);
   at::Tensor result = number_tensor(returned_norm, call.dtype);
-  const double coef = coef_for(max_norm, total_norm, returned_norm);
+  const double coef = coef_for(max_norm, total_norm, returned_norm, call.plan.nonfinite);
+  if (report) call.tell(*report, grads, result, number_tensor(coef, at::kDouble));
+  if (call.plan.nonfinite == Nonfinite::Raise) check_finite(grads, returned_norm, type);
   if (must_scale(coef)) call.scale_all(coef);
   return result;
 }
 
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
-                          at::Tensor* statistics) {
-  Call call(grads, {.reduces = true, .writes = true, .examines = statistics != nullptr});
-  if (call.host_leads) return clip_led_by_host(call, max_norm.here(), type, error_if_nonfinite, statistics);
+at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, Nonfinite nonfinite,
+                          at::Tensor* statistics, ClipReport* report) {
+  Call call(grads, {.reduces = true,
+                    .writes = true,
+                    .examines = statistics != nullptr,
+                    .finds_bad = report != nullptr,
+                    .nonfinite = nonfinite});
+  if (call.host_leads) return clip_led_by_host(call, grads, max_norm.here(), type, statistics, report);
 
   std::vector<at::Tensor> kept;
   call.gather(type);
   Job job = norm_job(call, type);
   job.max_norm = operand(max_norm, call.lead().group.device, kept);
-  job.spare_nonfinite = error_if_nonfinite;
   call.lead().reduce_then_scale(job);
   at::Tensor norm = call.lead().norm(call.dtype);
   if (statistics) *statistics = call.statistics();
-  if (error_if_nonfinite) check_finite(norm.item().toDouble(), type);  // waits; nothing was written if it throws
+  if (report) call.tell(*report, grads, norm, call.lead().coef());
+  // Waits; nothing was written if it throws.
+  if (nonfinite == Nonfinite::Raise) check_finite(grads, norm.item().toDouble(), type);
   call.lead().finish_scaling();
   call.scale_others();
   return norm;
 }
 
 Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
-                      at::Tensor* statistics) {
-  Call call(grads, {.reduces = true, .writes = in_place, .examines = statistics != nullptr});
+                      Nonfinite nonfinite, at::Tensor* statistics, ClipReport* report) {
+  Call call(grads, {.reduces = true,
+                    .writes = in_place,
+                    .examines = statistics != nullptr,
+                    .finds_bad = report != nullptr,
+                    .nonfinite = nonfinite});
   if (call.host_leads) {
     const double norm = call.norm_here(type), scaled_by = grad_scale.here();
     if (statistics) *statistics = call.statistics();
-    const double factor = step_factor(max_norm.here(), norm, scaled_by, call.dtype);
+    const double factor = step_factor(max_norm.here(), norm, scaled_by, call.dtype, nonfinite);
+    if (report) {
+      const at::Tensor returned = number_tensor(norm / scaled_by, call.dtype);
+      call.tell(*report, grads, returned, number_tensor(factor * scaled_by, at::kDouble));
+    }
     if (in_place && std::isfinite(norm) && must_scale(factor)) call.scale_all(factor);
-    return prepared_tensors(norm, scaled_by, factor, call.dtype);
+    return prepared_tensors(norm, scaled_by, factor, call.dtype, nonfinite);
   }
 
   std::vector<at::Tensor> kept;
@@ -431,11 +497,16 @@ Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, c
     call.lead().norm(job);
   }
   if (statistics) *statistics = call.statistics();
-  return {call.lead().norm(call.dtype), call.lead().grad_scale(), call.lead().found_inf()};
+  const at::Tensor norm = call.lead().norm(call.dtype);
+  if (report) {
+    const at::Tensor coef = call.lead().coef();
+    call.tell(*report, grads, norm, grad_scale.tensor.defined() ? coef.mul(grad_scale.tensor) : coef);
+  }
+  return {norm, call.lead().grad_scale(), call.lead().found_inf()};
 }
 
-void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm) {
-  Call call(grads, {.reduces = false, .writes = true});
+void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm, Nonfinite nonfinite) {
+  Call call(grads, {.reduces = false, .writes = true, .nonfinite = nonfinite});
   std::vector<at::Tensor> kept;
   for (Part& part : call.parts) {
     if (part.needs_results()) part.allocate();
@@ -448,8 +519,28 @@ void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number
     part.finish_scaling();
   }
   if (!call.cpu) return;
-  const double coef = clip_coef(max_norm.here(), total_norm.here());
-  if (must_scale(coef)) scale(*call.cpu, coef);
+  const double coef = clip_coef(max_norm.here(), total_norm.here(), nonfinite);
+  if (must_scale(coef)) scale(*call.cpu, coef, nonfinite);
+}
+
+void report_on(Gradients& grads, const Number& max_norm, const Number& total_norm, Nonfinite nonfinite,
+               ClipReport& report) {
+  Call call(grads, {.reduces = true, .writes = false, .finds_bad = true, .nonfinite = nonfinite});
+  std::vector<at::Tensor> kept;
+  const at::Tensor none_bad = at::detail::empty_cpu({2}, at::kInt);
+  std::fill_n(none_bad.mutable_data_ptr<int32_t>(), 2, kNoneBad);
+  for (Part& part : call.parts) {
+    part.allocate();
+    part.first_bad().copy_(none_bad, true);
+    Job job = part.new_job();
+    job.source = Source::TotalNorm;
+    job.norm_is_f64 = true;
+    job.max_norm = operand(max_norm, part.group.device, kept);
+    job.total_norm = operand(total_norm, part.group.device, kept);
+    part.find_bad(job);
+  }
+  if (call.cpu && !std::isfinite(total_norm.here())) call.bad_row_of_cpu = first_nonfinite(*call.cpu);
+  call.tell(report, grads, call.lead().norm(at::kDouble), call.lead().coef());
 }
 
 void clip_grad_value(Gradients& grads, double clip_value) {

@@ -771,6 +771,55 @@ __device__ void clamp_share(const Job& job, const Entry* entries) {
   });
 }
 
+template <class D>
+__device__ __forceinline__ void zero(const Segment& segment, int lane) {
+  change_backwards(segment, lane, [](uint4& v) {
+    v = make_uint4(0, 0, 0, 0);
+    return true;
+  });
+  if (auto* x = segment.element<typename D::Element>(lane)) *x = D::narrow(0);
+}
+
+__device__ void zero_share(const Job& job, const Entry* entries) {
+  walk_backwards(job, entries, [&](const Segment& segment) {
+    with_dtype(segment.dtype, [&](auto d) { zero<decltype(d)>(segment, threadIdx.x % kWarp); });
+  });
+}
+
+// ---- inf and NaN ----
+
+// Whether a warp's part of a gradient has one.
+template <class D>
+__device__ __forceinline__ bool has_nonfinite(const Segment& segment, int lane) {
+  using Pattern = typename D::Pattern;
+  Pattern largest = 0;
+  if (const auto* x = segment.element<typename D::Element>(lane)) largest = static_cast<Pattern>(D::bits(*x) & D::kAbs);
+  uint4* p = segment.vectors;
+  for (int left = segment.count; left > 0; left -= Batch::kVectors, p += Batch::kVectors) {
+    largest = greater(largest, Batch(p, lane, left).largest<D>());
+  }
+  return __any_sync(kAllLanes, largest >= D::kInf);
+}
+
+// Fills Results::first_bad. Of the gradients that are written each warp looks at the rows that it will write itself, so
+// that nobody has to wait for it.
+__device__ void find_nonfinite(const Job& job, const Entry* entries) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+  for (int copies = 0; copies < 2; ++copies) {
+    Share share(copies ? job.rows - job.scale_rows : job.scale_rows);
+    if (copies) share.begin += job.scale_rows, share.end += job.scale_rows;
+    if (share.begin >= share.end) continue;
+    for (int i = find(entries, job.entries, share.begin); i < job.entries; ++i) {
+      const Segment segment(entries, i, share);
+      bool is_bad = false;
+      with_dtype(segment.dtype, [&](auto d) { is_bad = has_nonfinite<decltype(d)>(segment, lane); });
+      if (is_bad && lane == 0) atomicMin(&job.results->first_bad[copies], i);
+      if (is_bad || end_row(entries[i]) >= share.end) break;
+    }
+  }
+}
+
 // ---- the kernel ----
 
 // For thread 0: the coefficient. Block 0 leaves the norm and the coefficient behind.
@@ -781,8 +830,8 @@ __device__ double decide(const Job& job, double total_norm) {
   total_norm /= grad_scale;
   const double returned = job.norm_is_f64 ? total_norm : static_cast<float>(total_norm);
   // Where the user gets inf, torch's results hold: everything finite becomes 0, what was infinite NaN.
-  double coef = clip_coef(read(job.max_norm), isfinite(returned) ? total_norm : returned) / grad_scale;
-  if ((job.spare_nonfinite && !isfinite(returned)) || (job.spare_found_inf && found_inf)) coef = 1;
+  double coef = clip_coef(read(job.max_norm), isfinite(returned) ? total_norm : returned, job.nonfinite) / grad_scale;
+  if (job.spare_found_inf && found_inf) coef = 1;
   if (blockIdx.x == 0 && job.results) {
     Results& results = *job.results;
     if (job.norm_is_f64) {
@@ -792,7 +841,8 @@ __device__ double decide(const Job& job, double total_norm) {
     }
     const Factors factors(coef);
     results.coef = coef, results.first = factors.first, results.second = factors.second;
-    results.grad_scale = static_cast<float>(1 / coef), results.found_inf = found_inf;
+    results.grad_scale = static_cast<float>(1 / coef);
+    results.found_inf = job.nonfinite == Nonfinite::Skip ? !isfinite(returned) : found_inf;
   }
   return coef;
 }
@@ -809,7 +859,7 @@ __device__ void run(const Job& job, const Entry* entries) {
   };
   if (kStatistics && job.task == Task::Rows) return write_all_rows();
 
-  if (job.task != Task::Scale) {
+  if (job.task != Task::Scale && job.task != Task::Decide) {
     const double partial = with_norm_type(job.norm_type, [&](auto norm) {
       using Norm = decltype(norm);
       if constexpr (kStatistics) {
@@ -819,10 +869,11 @@ __device__ void run(const Job& job, const Entry* entries) {
       }
     });
     if (threadIdx.x == 0) job.results->partial_norms[blockIdx.x] = partial;
+    if (threadIdx.x < 2 && blockIdx.x == 0) job.results->first_bad[threadIdx.x] = kNoneBad;
     if (job.task == Task::Reduce) return;
     cooperative_groups::this_grid().sync();
     if constexpr (kStatistics) write_all_rows();
-    if (job.task == Task::Norm && blockIdx.x != 0) return;
+    if (job.task == Task::Norm && blockIdx.x != 0 && !job.finds_bad) return;
   }
 
   double total_norm = 0;
@@ -832,10 +883,14 @@ __device__ void run(const Job& job, const Entry* entries) {
     total_norm = read(job.total_norm);
   }
   __shared__ double shared_coef;
-  if (threadIdx.x == 0) shared_coef = decide(job, total_norm);
+  __shared__ bool shared_finds_bad;
+  if (threadIdx.x == 0)
+    shared_coef = decide(job, total_norm), shared_finds_bad = job.finds_bad && !isfinite(total_norm);
   __syncthreads();
   const double coef = shared_coef;
-  if (job.task == Task::Norm || !must_scale(coef)) return;
+  if (shared_finds_bad) find_nonfinite(job, entries);
+  if (job.task == Task::Norm || job.task == Task::Decide || !must_scale(coef)) return;
+  if (must_zero(coef, job.nonfinite)) return zero_share(job, entries);
   const Factors factors(coef);
   scale_share(job, entries, factors.first);
   if (factors.second != 1) scale_share(job, entries, factors.second);

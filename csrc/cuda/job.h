@@ -41,6 +41,8 @@ struct Operand {
   DType dtype;
 };
 
+constexpr int32_t kNoneBad = INT32_MAX;
+
 // What a call leaves on the device. It lives in the storage of the norm that the user gets, behind that norm: one
 // allocation for both, on the stream that uses it, in a graph's own pool while one is captured. So it is never shared
 // by two streams, nor by a graph and what runs outside of it.
@@ -49,10 +51,14 @@ struct Results {
     float norm_f32;
     double norm_f64;
   };
-  double coef;              // the clip coefficient, and
-  double first, second;     // the factors that it is applied as, see Factors
-  float grad_scale;         // 1 / coef: what an optimizer has to divide by
-  float found_inf;          // 1 if a gradient is inf or NaN, else 0
+  double coef;           // the clip coefficient, and
+  double first, second;  // the factors that it is applied as, see Factors
+  float grad_scale;      // 1 / coef: what an optimizer has to divide by
+  float found_inf;       // 1 if a gradient is inf or NaN, else 0
+  // The first gradients with inf or NaN in the table, of those that are written and of the copies behind them, kNoneBad
+  // where there is none. Looked for only when the norm says that there is one, and Job::finds_bad that somebody may
+  // ask.
+  int32_t first_bad[2];
   double partial_norms[1];  // one a block, in the order of the shares
 };
 
@@ -73,6 +79,7 @@ enum class Task : uint8_t {
   Scale,            // Source -> coefficient -> own share, and the norm where partial norms are the source
   ReduceThenScale,  // both, with a grid-wide barrier between
   Norm,             // the same without scaling
+  Decide,           // as Scale, but nothing is written
   Rows,             // what Reduce left of each gradient -> its row of statistics; the two tasks above do it themselves
   Clamp,
 };
@@ -82,8 +89,9 @@ struct Job {
   NormType norm_type;
   Source source;
   bool norm_is_f64;      // the dtype of the norm that the user gets
-  bool spare_nonfinite;  // scale nothing when that norm is not finite: the caller will raise an error
+  Nonfinite nonfinite;   // Raise: the caller will do it, and here nothing is scaled
   bool spare_found_inf;  // scale nothing when a gradient is not finite: the step will be left out
+  bool finds_bad;        // when the norm is not finite, look for the first bad gradient
   int entries;
   int partials;  // how many partial norms are combined: own blocks, then those of other devices
   int64_t rows;

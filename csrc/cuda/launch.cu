@@ -49,9 +49,8 @@ void launch_kernel(const void* kernel, Job job, const void* table, int blocks, c
     job.task = Task::Rows;
     launch_plain(kernel, blocks, args, stream);
   }
-  job.task = Task::Scale;
-  if (whole == Task::Norm) job.scale_rows = 0;
-  launch_plain(kernel, whole == Task::Norm ? 1 : blocks, args, stream);
+  job.task = whole == Task::Norm ? Task::Decide : Task::Scale;
+  launch_plain(kernel, whole == Task::Norm && !job.finds_bad ? 1 : blocks, args, stream);
 }
 
 }  // namespace

@@ -142,12 +142,12 @@ class GradientMonitor:
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
-        **process_groups: Any,
+        **others: Any,
     ) -> Tensor:
         """``fastclip.clip_grad_norm_`` of the model's parameters, recorded.
 
-        Arguments, result and errors are those of ``fastclip.clip_grad_norm_``, process groups included. A call that
-        raises because the norm is not finite is recorded too.
+        Arguments, result and errors are those of ``fastclip.clip_grad_norm_``, also ``nonfinite`` and process groups. A
+        call that raises because the norm is not finite is recorded too.
 
         Raises:
             ValueError: ``norm_type`` is not that of the earlier records.
@@ -155,9 +155,9 @@ class GradientMonitor:
         """
         # As in ClippedOptimizer.step: torch.compile leaves its graph, for which `torch` has to stand in this frame.
         clip_ = _clip_outside_of_graphs if torch.compiler.is_dynamo_compiling() else GradientMonitor._clip
-        return clip_(self, max_norm, norm_type, error_if_nonfinite, foreach, **process_groups)
+        return clip_(self, max_norm, norm_type, error_if_nonfinite, foreach, **others)
 
-    def _clip(self, max_norm, norm_type, error_if_nonfinite, foreach, **process_groups) -> Tensor:
+    def _clip(self, max_norm, norm_type, error_if_nonfinite, foreach, **others) -> Tensor:
         if self.model is None:
             raise RuntimeError("clip_grad_norm_: expected a monitor with a model, got one that was loaded without")
         if self._norm_type not in (None, float(norm_type)):
@@ -175,7 +175,7 @@ class GradientMonitor:
             norm_type,
             error_if_nonfinite,
             foreach,
-            **process_groups,
+            **others,
         )
 
     def attach(self, optimizer: ClippedOptimizer) -> ClippedOptimizer:
@@ -216,6 +216,15 @@ class GradientMonitor:
         """Whether one of the tensors is a parameter of the model, frozen ones included."""
         with self._lock:
             return self._layers.has_one_of(parameters)
+
+    def name_of(self, parameter: Tensor) -> str | None:
+        """The name of a parameter, as records have it; None if it is not the model's or needs no gradient.
+
+        ``monitor.name_of(parameters[fastclip.last_report().first_bad])`` is that of the first bad gradient.
+        """
+        with self._lock:
+            (number,) = self._layers.numbers_of([parameter])
+            return self._layers.layers[number].name if number >= 0 else None
 
     def _record(
         self,

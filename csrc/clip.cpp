@@ -249,7 +249,7 @@ void clamp(Group& group, double clip_value) {
 
 int64_t first_nonfinite(const Group& group) {
   const int64_t slice = cpu::first_nonfinite(group.dense);
-  int64_t first = slice < 0 ? -1 : group.dense.slices()[slice].row;
+  int64_t first = slice < 0 ? -1 : static_cast<int64_t>(group.dense.slices()[slice].row);
   for (const Gapped& grad : group.gapped) {
     if (first >= 0 && first < grad.row) break;
     bool bad = false;

@@ -104,6 +104,8 @@ def check_against_torch(name, grads, *args, twice=(), reference=None, rtol=2e-6,
             result = result.to(expected.device)
         assert result.device == expected.device
         assert_equal(result.double(), expected.double(), max(rtol, torch.finfo(expected.dtype).eps))
+    elif got is RuntimeError and "is non-finite, so it cannot be clipped" in expected:
+        assert result.startswith(expected)  # and then says which gradient it is
     else:
         assert result == expected
     for mine, theirs in zip(*lists, strict=True):

@@ -238,6 +238,8 @@ def check_nonfinite(norm_type, value):
     items = make_parameters([grad, plain])
     mine, message = outcome(fastclip.clip_grad_norm_, items, 0.1, norm_type, True)
     assert mine is RuntimeError and f"order {float(norm_type)}" in message and "non-finite" in message
+    assert message.endswith("parameters[0].grad has the first inf or NaN on this rank") == (rank == size - 1)
+    message = message.replace("parameters[0].grad", "tensors[0]")
     assert outcome(fastclip.get_total_norm, [grad, plain], norm_type, True) == (mine, message)
     assert torch.equal(plain, torch.ones(2)) and plain._version == grad._version == 0
     assert grad._local_tensor._version == 0

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastclip import watching
 from fastclip._native import _C, NOT_BUILT
@@ -9,7 +10,6 @@ from fastclip.clip import Tensors, _parameters_of
 from fastclip.counters import count_fallback
 
 
-@torch._disable_dynamo
 def clip_grad_adaptive_(
     parameters: Tensors, clipping: float = 0.01, eps: float = 1e-3, *, norm_type: float = 2.0
 ) -> None:
@@ -40,6 +40,8 @@ def clip_grad_adaptive_(
             its index. ``clipping``, ``eps`` or ``norm_type`` is not a number. Nothing is modified then.
         ValueError: ``clipping`` or ``eps`` is negative or NaN.
     """
+    if is_dynamo_compiling():
+        return _outside_the_graph(parameters, clipping, eps, norm_type)
     clipping, eps = _not_negative(clipping, "clipping"), _not_negative(eps, "eps")
     order = number(norm_type, "norm_type")
     parameters = _parameters_of(parameters)
@@ -50,6 +52,11 @@ def clip_grad_adaptive_(
     if reason is not None:
         _by_torch([parameters] if isinstance(parameters, Tensor) else parameters, clipping, eps, order)
         count_fallback(reason)
+
+
+@torch._disable_dynamo  # not the function itself: its first call would import torch._dynamo, which takes seconds
+def _outside_the_graph(parameters: Tensors, clipping: float, eps: float, norm_type: float) -> None:
+    clip_grad_adaptive_(parameters, clipping, eps, norm_type=norm_type)
 
 
 def number(given: float | Tensor, argument: str) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastclip import watching
 from fastclip._native import _C, NOT_BUILT
@@ -17,7 +18,6 @@ INF = math.inf
 _PLAIN = {list, tuple, Tensor, torch.nn.Parameter}
 
 
-@torch._disable_dynamo
 def clip_grad_norms_(
     groups: Iterable[Tensors], max_norms: MaxNorms, norm_type: float = 2.0, error_if_nonfinite: bool = False
 ) -> Tensor:
@@ -46,6 +46,8 @@ def clip_grad_norms_(
         ValueError: there are not as many thresholds as groups, or a parameter is in two groups, which are named.
         RuntimeError: a norm is not finite and ``error_if_nonfinite`` is set.
     """
+    if is_dynamo_compiling():
+        return _outside_the_graph(groups, max_norms, norm_type, error_if_nonfinite)
     groups = _as_groups(groups)
     max_norms = _as_max_norms(max_norms, len(groups))
     if watching.watchers and (recording := watching.begin([p for group in groups for p in _members(group)])):
@@ -63,6 +65,13 @@ def clip_grad_norms_(
     result = _one_by_one(groups, max_norms, order, error_if_nonfinite)
     count_fallback(reason)
     return result
+
+
+@torch._disable_dynamo  # not the function itself: its first call would import torch._dynamo, which takes seconds
+def _outside_the_graph(
+    groups: Iterable[Tensors], max_norms: MaxNorms, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
+    return clip_grad_norms_(groups, max_norms, norm_type, error_if_nonfinite)
 
 
 def _members(group: Tensors) -> Sequence[Tensor]:

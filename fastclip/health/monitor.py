@@ -44,14 +44,14 @@ def _close_all() -> None:
 class GradientMonitor:
     """Records the gradients' statistics of a model whenever they are clipped.
 
-    ::
-
-        monitor = fastclip.GradientMonitor(model)
-        for batch in data:
-            model(batch).backward()
-            monitor.clip_grad_norm_(1.0)  # in the place of clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        monitor.table()
+    ```python
+    monitor = fastclip.GradientMonitor(model)
+    for batch in data:
+        model(batch).backward()
+        monitor.clip_grad_norm_(1.0)  # in the place of clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    monitor.table()
+    ```
 
     What is recorded is the gradient before clipping, without the factor of a GradScaler that ClippedOptimizer knows of.
     Values stay on the device; nothing waits for them unless they are asked for. One call is one step.

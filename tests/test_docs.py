@@ -131,6 +131,7 @@ def run_on_a_rank():
     assert counts["native"] >= 3 and counts["fallback"] == 0
 
 
+@pytest.mark.skipif(not dist.is_available(), reason="a torch without torch.distributed")
 def test_blocks_for_several_ranks_run_on_two(two):
     assert [page for page in PAGES if any(block["mark"] == "ranks" for block in blocks(page))] == [
         "docs/distributed.md"

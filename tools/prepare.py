@@ -28,7 +28,7 @@ OPTIONAL = {
     "rich": "tests of tables are skipped; `make bench` shows a line for each case",
     "matplotlib": "tests of plots are skipped; `benchmarks report` and `make docs-figures` do not run",
     "mkdocs": "`make docs` does not run",
-    "mypy": "`make lint` does not run, the test of the extension's types is skipped",
+    "mypy": "`make lint` does not run",
     "jinja2": "tests of pages are skipped; `benchmarks report` does not run",
 }
 

@@ -1,7 +1,8 @@
 # make test    sets up what is missing, builds, runs the tests
 # make bench   the same, then measures fastclip against torch
 # make gpu     builds for the card at hand, tests over CUDA, compute-sanitizer, benchmark (PYTHON: one with torch)
-# make lint    ruff and clang-format, without changing anything
+# make lint    ruff, clang-format and mypy, without changing anything
+# make docs    the documentation as a site, into build/site
 # make docs-figures  puts the figures of benchmarks/results into README.md and docs
 #
 # PYTHON=…     the Python to start from (python3)
@@ -18,12 +19,16 @@ test: export OMP_WAIT_POLICY = passive
 PREPARED = py="$$($(PYTHON) tools/prepare.py)" && "$$py" -m
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: test bench gpu docs-figures lint
+.PHONY: test bench gpu docs docs-figures lint
 test:
 	@$(PREPARED) pytest $(ARGS)
 
 bench:
 	@$(PREPARED) benchmarks $(ARGS)
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs:
+	@$(PREPARED) mkdocs build --strict --quiet $(ARGS)
 
 docs-figures:
 	@$(PREPARED) benchmarks.docs_figures $(ARGS)
@@ -34,4 +39,5 @@ gpu:
 lint:
 	@$(PREPARED) ruff check .
 	@$(PREPARED) ruff format --check .
+	@$(PREPARED) mypy
 	@py="$$($(PYTHON) tools/prepare.py)" && "$$(dirname "$$py")/clang-format" --dry-run --Werror $(CPP)

@@ -39,7 +39,7 @@ def main() -> None:
 
 def run(program: str, arguments: list[str], is_module: bool, monitoring: "Monitoring | None" = None) -> None:
     """Runs a script or module as ``__main__``, patched; its exit code and its exceptions are the program's own."""
-    with fastclip.patched(monitor=monitoring and monitoring.watcher):
+    with fastclip.patched(monitor=monitoring.watcher if monitoring else None):
         sys.argv = [program, *arguments]
         try:
             if is_module:

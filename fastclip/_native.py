@@ -2,6 +2,8 @@
 
 import importlib
 import warnings
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,10 +11,12 @@ from fastclip._version import __version__
 
 NOT_BUILT = "extension not built"  # the reason of fallbacks without it
 
+_module: ModuleType | None
+missing_because: str | None = None
 try:
-    _C = importlib.import_module("fastclip._C")
+    _module = importlib.import_module("fastclip._C")
 except ImportError as error:
-    _C = None
+    _module = None
     missing_because = str(error)
     warnings.warn(
         f"fastclip's native extension cannot be used ({error}); torch's own functions do the clipping. To build it for "
@@ -22,8 +26,13 @@ except ImportError as error:
         stacklevel=3,
     )
 else:
-    missing_because = None
-    _C.kernels()  # chosen here, once: a FASTCLIP_CPU that names no instruction set of this processor ends the import
+    # Chosen here, once: a FASTCLIP_CPU that names no instruction set of this processor ends the import.
+    _module.kernels()
+
+if TYPE_CHECKING:
+    from fastclip import _C  # as _C.pyi describes it
+else:
+    _C = _module
 
 
 def build_info() -> dict:

@@ -9,6 +9,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 from torch.nn.utils import clip_grad as torch_module
 
@@ -23,7 +24,7 @@ NAMES = {
 
 def cell_of(name: str) -> types.CellType | None:
     """The closure cell with the real function behind a public name, or None where torch has no such wrapper."""
-    wrapper = getattr(torch_module, NAMES[name], None)
+    wrapper: Any = getattr(torch_module, NAMES[name], None)
     code = getattr(wrapper, "__code__", None)
     if code is None or "func" not in code.co_freevars:
         return None
@@ -33,7 +34,7 @@ def cell_of(name: str) -> types.CellType | None:
 
 def _second_copy() -> types.ModuleType:
     # Registered under a name of its own: torch.compile looks up the globals of what it traces by module name.
-    spec = importlib.util.spec_from_file_location("fastclip._torch_clip_grad", torch_module.__file__)
+    spec: Any = importlib.util.spec_from_file_location("fastclip._torch_clip_grad", torch_module.__file__)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """A GradScaler that unscales, checks for inf and NaN, takes the norm and clips in one pass over the gradients."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.amp.grad_scaler import OptState
@@ -45,7 +45,7 @@ class GradScaler(torch.amp.GradScaler):
             state["found_inf_per_device"] = {found_inf.device: found_inf}
 
 
-def _can_be_prepared(optimizer: torch.optim.Optimizer) -> bool:
+def _can_be_prepared(optimizer: torch.optim.Optimizer) -> TypeGuard[ClippedOptimizer]:
     # Pre hooks may change gradients, after which the norm would be another. A grad_scale that the user has set
     # multiplies the scaler's own in torch.
     return isinstance(optimizer, ClippedOptimizer) and not (

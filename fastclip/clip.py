@@ -4,7 +4,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def get_total_norm(
 
 def clip_grad_norm_(
     parameters: Tensors,
-    max_norm: float,
+    max_norm: float | Tensor,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
@@ -186,11 +186,11 @@ def clip_grad_norm_(
 def clip_recorded(
     recording: watching.Recording | None,
     parameters: Tensors,
-    max_norm: float,
+    max_norm: float | Tensor,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
-    **others: object,
+    **others: Any,
 ) -> Tensor:
     """``clip_grad_norm_`` whose statistics go into a recording, if there is one. Watchers were asked before."""
     if recording is None and not watching.watchers:
@@ -269,7 +269,7 @@ def _clip_and_tell(
 
 
 def clip_grads_with_norm_(
-    parameters: Tensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+    parameters: Tensors, max_norm: float | Tensor, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
     """Scales all gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``, with a norm computed before.
 
@@ -288,7 +288,7 @@ def clip_grads_with_norm_(
     if watching.watchers and (recording := watching.begin(parameters)):
         recording.measure()
         recording.finish(total_norm, max_norm)
-    reason = NOT_BUILT
+    reason: Any = NOT_BUILT
     if _C:
         reason = _C.clip_grads_with_norm_(parameters, max_norm, total_norm)
         if reason is None:
@@ -301,7 +301,7 @@ def clip_grads_with_norm_(
     _torch_functions.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
 
 
-def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
+def clip_grad_value_(parameters: Tensors, clip_value: float | Tensor, foreach: bool | None = None) -> None:
     """Limits every element of every gradient to ``[-clip_value, clip_value]``, in place; NaN stays NaN.
 
     Gradients are read once; a part in which nothing has to change is not written. No gradient at all is no error
@@ -323,7 +323,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     if watching.watchers and (recording := watching.begin(parameters)):
         recording.measure()
         recording.finish(None, None)
-    reason = NOT_BUILT
+    reason: Any = NOT_BUILT
     if _C:
         reason = _C.clip_grad_value_(parameters, clip_value)
         if reason is None:
@@ -358,7 +358,7 @@ def _level_of_caller() -> int:
 def _as_sequence(items: Tensors, argument: str) -> Tensor | list | tuple:
     """A list or tuple, or a tensor itself; any other iterable is read, once."""
     if type(items) in (list, tuple) or isinstance(items, Tensor):
-        return items
+        return items  # type: ignore[return-value]
     try:
         return list(items)
     except TypeError:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -25,11 +26,17 @@ from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
 from fastclip.statistics import COLUMNS, GradStatistics, by_torch
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+# A tensor; or a str, the reason why torch has to do the call, but never where there are process groups.
+TensorOrReason = Any
+
 
 @torch.no_grad()
 def get_total_norm(
     tensors, norm_type, error_if_nonfinite, process_group=None, process_groups: Mapping | None = None
-) -> Tensor | str:
+) -> TensorOrReason:
     grads = _Gradients(tensors, "tensors")
     given = _given_groups(grads, process_group, process_groups)
     reason = grads.why_left_to_torch(given) or _why_not_fused(norm_type, given)
@@ -50,7 +57,7 @@ def clip_grad_norm_(
     process_groups: Mapping | None = None,
     statistics: GradStatistics | None = None,
     nonfinite: str | None = None,
-) -> Tensor | str:
+) -> TensorOrReason:
     grads = _Gradients(parameters, "parameters")
     given = _given_groups(grads, process_group, process_groups)
     reason = grads.why_left_to_torch(given) or _why_not_fused(norm_type, given) or grads.why_not_scaled(given)
@@ -100,7 +107,7 @@ class _Gradients:
         self.argument = argument
         self.items = [items] if isinstance(items, Tensor) else items
         self.grads = [_gradient(item, argument, index) for index, item in enumerate(self.items)]
-        self.locals = [None if grad is None else _local(grad) for grad in self.grads]
+        self.locals: list[Any] = [None if grad is None else _local(grad) for grad in self.grads]
         # What says where a gradient's elements are: itself, or, where this rank has none, its parameter.
         self.models = [
             item if grad is None and is_dtensor(item) and item.requires_grad else grad
@@ -109,20 +116,21 @@ class _Gradients:
         self.has_dtensors = any(map(is_dtensor, self.models))
         self.fallback_reason = None if _C else NOT_BUILT
 
-    def why_left_to_torch(self, given: Mapping = ()) -> str | None:
+    def why_left_to_torch(self, given: Mapping | tuple = ()) -> str | None:
         return None if self.has_dtensors or given else "subclass"
 
-    def why_not_scaled(self, given: Mapping = ()) -> str | None:
+    def why_not_scaled(self, given: Mapping | tuple = ()) -> str | None:
         # Scaling the parts of a sum or a mean scales it. torch refuses the other kinds, at least some versions of it.
         return self._why_not_local(("sum", "avg"), given)
 
     def why_not_clamped(self) -> str | None:
         return self._why_not_local(("max", "min"), ())
 
-    def _why_not_local(self, reductions: tuple, given: Mapping) -> str | None:
+    def _why_not_local(self, reductions: tuple, given: Mapping | tuple) -> str | None:
         """Why an operation cannot be done rank by rank: it does not commute with the reduction that is pending."""
         for index, grad in enumerate(self.grads):
-            for placement in grad.placements if is_dtensor(grad) else ():
+            placements: Any = grad.placements if is_dtensor(grad) else ()
+            for placement in placements:
                 if placement.is_partial() and (
                     type(placement) is not _dtensor_module().Partial or placement.reduce_op not in reductions
                 ):
@@ -240,7 +248,7 @@ class _Gradients:
 
     def _local_norm(self, tensors: list[Tensor], p: float, device: torch.device) -> Tensor:
         """The norm of plain tensors: float64, 0-d; that of no elements is 0."""
-        norm = _C.norm_of(tensors, p) if _C else self.fallback_reason
+        norm: Any = _C.norm_of(tensors, p) if _C else self.fallback_reason
         if type(norm) is str:
             self.fallback_reason = norm
             norm = _torch_functions.get_total_norm([tensor for tensor in tensors if tensor.numel()], p).double()
@@ -250,7 +258,7 @@ class _Gradients:
         """The norm, as _local_norm has it, and the rows of GradStatistics; from one pass."""
         if not tensors:
             return self._local_norm(tensors, p, device), by_torch(tensors, p).to(device)
-        both = _C.norm_and_statistics_of(tensors, p) if _C else self.fallback_reason
+        both: Any = _C.norm_and_statistics_of(tensors, p) if _C else self.fallback_reason
         if type(both) is not str:
             return both[0].to(device), both[1].to(device)
         self.fallback_reason = both
@@ -305,7 +313,7 @@ class _Reduction:
 
     def __init__(self, p: float):
         self.p = p
-        self.size = {1: 1, 2: 3}.get(p, 2)
+        self.size = 1 if p == 1 else 3 if p == 2 else 2
         self.combine = torch.add if p < float("inf") else torch.maximum
         self.op = dist.ReduceOp.SUM if p < float("inf") else dist.ReduceOp.MAX
 
@@ -441,7 +449,7 @@ def _dtensor_module():
     return sys.modules.get("torch.distributed.tensor")
 
 
-def is_dtensor(x) -> bool:
+def is_dtensor(x: object) -> "TypeGuard[DTensor]":
     module = _dtensor_module()
     return module is not None and isinstance(x, module.DTensor)
 
@@ -450,11 +458,11 @@ def _full(number: float | Tensor) -> float | Tensor:
     return number.full_tensor() if is_dtensor(number) else number
 
 
-def _is_partial(grad: Tensor) -> bool:
+def _is_partial(grad: Tensor) -> "TypeGuard[DTensor]":
     return is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements)
 
 
-def _without_partial(grad: Tensor) -> Tensor:
+def _without_partial(grad: "DTensor") -> Tensor:
     """A copy whose pending reductions are done. torch does the same, for one gradient after the other."""
     replicate = _dtensor_module().Replicate()
     return grad.redistribute(placements=[replicate if p.is_partial() else p for p in grad.placements])

@@ -2,16 +2,19 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastclip import clip_report, watching
+from fastclip import clip_report
 from fastclip.statistics import GradStatistics
 from fastclip.statistics import check as check_statistics
 from fastclip.step_clipping import AMP_ATTRIBUTES, StepClipping, Threshold, number
+
+if TYPE_CHECKING:
+    from fastclip.health.monitor import GradientMonitor
 
 _HOOKS = [
     "_optimizer_step_pre_hooks",
@@ -100,7 +103,7 @@ class ClippedOptimizer(Optimizer):
         *,
         clip_value: float | None = None,
         statistics: GradStatistics | None = None,
-        monitor: watching.Watcher | None = None,
+        monitor: "GradientMonitor | None" = None,
         nonfinite: str | None = None,
     ):
         if not isinstance(optimizer, Optimizer):
@@ -234,7 +237,8 @@ class ClippedOptimizer(Optimizer):
                 if "grad_scale" in attributes or "found_inf" in attributes:
                     _forget(attributes)
 
-    step.hooked = True  # or torch would put its own hooks around it, those of all optimizers a second time
+    # Or torch would put its own hooks around it, those of all optimizers a second time.
+    step.hooked = True  # type: ignore[attr-defined]
 
     # Asked by GradScaler. Where the step does not fold, it unscales the gradients and leaves bad steps out itself.
     @property
@@ -259,8 +263,8 @@ class ClippedOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.optimizer.state_dict()
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _first_given(hook(self, state_dict), state_dict)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _first_given(post_hook(self, state_dict), state_dict)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -273,8 +277,8 @@ class ClippedOptimizer(Optimizer):
         for group, threshold in zip(self.param_groups, thresholds, strict=True):
             for name in threshold:
                 group.setdefault(name, threshold[name])
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __getattr__(self, name: str) -> Any:
         # What only some optimizers have, but nothing that a GradScaler may have left on the one inside.

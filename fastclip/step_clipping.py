@@ -5,7 +5,7 @@ import inspect
 import itertools
 import numbers
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class StepClipping:
         honours_grad_scale: bool | None = None,
         nonfinite: str | None = None,
     ):
-        self.optimizer = optimizer
+        self.optimizer: Any = optimizer  # any attributes: it is given grad_scale and found_inf
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.fold = fold
@@ -73,7 +73,7 @@ class StepClipping:
         self.found_inf: Tensor | None = None  # 1 where the norm read last is not finite
         self.statistics: GradStatistics | None = None
         self.monitors: list[watching.Watcher] = []
-        self.last: tuple[Tensor | None, float | Tensor | None] = None, None  # total_norm and max_norm, last step
+        self.last: tuple[Tensor | None, Any] = None, None  # total_norm and max_norm, last step
         self.prepared: tuple[Tensor | None] | None = None  # by fastclip.GradScaler: what the step has to divide by
         self.is_recorded = False  # the coming step, since fastclip.GradScaler has looked at it
         if honours_grad_scale is None:  # not a copy, whose optimizer has lost the attribute that tells
@@ -217,7 +217,7 @@ class StepClipping:
             self.optimizer.found_inf = is_finite.logical_not().float()
         return False
 
-    def _threshold(self, value: Threshold, argument: str = "max_norm") -> float | Tensor:
+    def _threshold(self, value: Threshold | None, argument: str = "max_norm") -> float | Tensor:
         value = number(value(self.steps) if callable(value) else value, argument)
         return value.detach() if isinstance(value, Tensor) else value
 
@@ -258,7 +258,7 @@ class StepClipping:
 
     def _read_norm(self, parameters: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
         """Reads the norm and returns what the optimizer has to divide by, None for 1."""
-        max_norm = self.max_norm
+        max_norm: Any = self.max_norm
         if not isinstance(max_norm, (float, int)):
             max_norm = self._threshold(max_norm)
         reason = None
@@ -287,7 +287,8 @@ class StepClipping:
                 clip_report.remember(
                     clip_report.known(self.last[0].item(), max_norm, self.nonfinite, grads), self.nonfinite
                 )
-            return ((1 if grad_scale is None else grad_scale) / self.last_clip_coef).float()
+            scale: Any = 1 if grad_scale is None else grad_scale
+            return (scale / self.last_clip_coef).float()
 
     def prepare_scaled(self, grad_scale: Tensor) -> Tensor | None:
         """For fastclip.GradScaler: reads the norm of gradients that are multiplied by ``grad_scale``, in one pass.
@@ -341,13 +342,13 @@ class StepClipping:
         if prepared is None:
             statistics.values = statistics_by_torch([], self.norm_type)
         elif type(prepared) is not str:
-            _unscaled(statistics.values, grad_scale)
+            _unscaled(statistics.values, grad_scale)  # type: ignore[arg-type]  # the extension has set them
         return prepared
 
     def _rows_of(self, parameters: list[Tensor]) -> Tensor:
         """Statistics in a pass of their own, for gradients that no native pass reads the norm of."""
         grads = [p.grad for p in parameters if p.grad is not None]
-        result = "norm_type"
+        result: Any = "norm_type"
         if _C and float(self.norm_type) in (1, 2, float("inf")):
             result = _C.norm_and_statistics_of(grads, float(self.norm_type)) if grads else None
         if result is not None and type(result) is not str:
@@ -367,6 +368,7 @@ class StepClipping:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
+@final
 class _Calls:
     """Statistics of the several calls that clip one step's groups, put together in the order of the parameters."""
 
@@ -386,8 +388,11 @@ class _Calls:
             return
         clipped = {id(p) for members, _ in self._calls for p in members}
         rest = [p for p in parameters if id(p) not in clipped]
-        blocks = [(members, statistics.values) for members, statistics in self._calls] + [(rest, rows_of(rest))]
-        row_of, device = {}, next((p.grad.device for p in parameters if p.grad is not None), torch.device("cpu"))
+        blocks: list[tuple[list[Tensor], Any]] = [
+            (members, statistics.values) for members, statistics in self._calls
+        ] + [(rest, rows_of(rest))]
+        row_of: dict[int, int] = {}
+        device = next((p.grad.device for p in parameters if p.grad is not None), torch.device("cpu"))
         for members, _ in blocks:
             for p in members:
                 if p.grad is not None:
@@ -407,11 +412,12 @@ def _plain(norm: Tensor) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def number(value: float | Tensor, argument: str) -> float | Tensor:
+def number(value: Any, argument: str) -> float | Tensor:
     """A threshold, if it is one. A tensor is not looked at: that might wait for a device."""
     if isinstance(value, Tensor):
         return value
-    if type(value) is not float and not isinstance(value, numbers.Real):  # which takes 0.4 us
+    is_number = type(value) is float or isinstance(value, numbers.Real)  # which takes 0.4 us
+    if not is_number:
         raise TypeError(f"{argument}: expected a number, got {value!r}")
     if not value >= 0:
         raise ValueError(f"{argument}: expected a number >= 0, got {value!r}")

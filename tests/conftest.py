@@ -5,6 +5,7 @@ import zlib
 
 import pytest
 import torch
+from ranks import Ranks
 from support import EMULATED, ROOT, cudaemu
 
 import fastclip
@@ -57,6 +58,13 @@ def cuda_device(request):
     _C.allow_cooperative_launches(True)
     torch.cuda.synchronize()
     assert not EMULATED or cudaemu.reset() == []
+
+
+@pytest.fixture(scope="session")
+def two():
+    """Two ranks, for all test modules: starting them takes seconds."""
+    with Ranks(2) as ranks:
+        yield ranks
 
 
 @pytest.fixture(autouse=True)

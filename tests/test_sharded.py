@@ -17,12 +17,6 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="a torch without
 
 
 @pytest.fixture(scope="module")
-def two():
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
 def four():
     with Ranks(4) as ranks:
         yield ranks

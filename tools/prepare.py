@@ -27,6 +27,8 @@ OPTIONAL = {
     "pytest_benchmark": "`pytest benchmarks` does not run",
     "rich": "tests of tables are skipped; `make bench` shows a line for each case",
     "matplotlib": "tests of plots are skipped; `benchmarks report` and `make docs-figures` do not run",
+    "mkdocs": "`make docs` does not run",
+    "mypy": "`make lint` does not run",
     "jinja2": "tests of pages are skipped; `benchmarks report` does not run",
 }
 

@@ -32,7 +32,7 @@ _SIGMOID = (1 + math.sqrt(0.95)) / 2  # p (1 - p) = 0.05 / 4
 _GELU, _SILU = -2.28, -3.93
 _SOFTPLUS = -math.log(0.95)  # the derivative of softplus is 1 - exp(-y)
 
-Share = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (module, output, input) -> what is saturated, as booleans
+Share = Callable[[Any, Tensor, Tensor], Tensor]  # (module, output, input) -> what is saturated, as booleans
 
 
 def _left_of(limit: float) -> Share:

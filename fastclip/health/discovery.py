@@ -4,9 +4,11 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
+from fastclip import watching
 from fastclip.health.monitor import GradientMonitor
 from fastclip.health.naming import unwrapped
 
@@ -33,14 +35,14 @@ class Discovery:
         self._orphans: set[int] = set()  # ids of parameters for which there is no module
         self._lock = threading.Lock()
 
-    def recorder_of(self, parameters: Sequence[Tensor]) -> GradientMonitor | None:
+    def recorder_of(self, parameters: Sequence[Tensor]) -> watching.Record | None:
         with self._lock:
             monitor = self._monitor_of(parameters)
         return None if monitor is None else monitor.recorder_of(parameters)
 
     def _monitor_of(self, parameters: Sequence[Tensor]) -> GradientMonitor | None:
-        for model, monitor in zip(self._models, self.monitors, strict=True):
-            if model() is not None and monitor.has_one_of(parameters):
+        for reference, monitor in zip(self._models, self.monitors, strict=True):
+            if reference() is not None and monitor.has_one_of(parameters):
                 return monitor
         if len(self.monitors) == _MOST or all(id(parameter) in self._orphans for parameter in parameters):
             return None
@@ -48,7 +50,7 @@ class Discovery:
         if model is None:
             self._orphans.update(map(id, parameters))
             return None
-        self.monitors.append(self._make(weakref.proxy(model)))
+        self.monitors.append(self._make(cast(nn.Module, weakref.proxy(model))))
         self._models.append(weakref.ref(model))
         self.names.append(type(model).__name__)
         return self.monitors[-1]
@@ -57,7 +59,8 @@ class Discovery:
 def find_model(parameters: Sequence[Tensor]) -> nn.Module | None:
     """The module to which parameters belong, see ``Discovery``; None if there is none."""
     wanted = {id(parameter) for parameter in parameters}
-    best, best_key = None, (0,)
+    best: nn.Module | None = None
+    best_key: tuple[int, ...] = (0,)
     # By the class of the object: isinstance would ask proxies of all kinds what they stand for.
     for module in [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]:
         try:

@@ -24,7 +24,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -55,7 +55,7 @@ class Writer:
         self._numbers: tuple[int, ...] | None = None
 
     def write(self, record: Record, norm_type: float) -> None:
-        lines = []
+        lines: list[dict] = []
         if self._needs_header:
             lines.append({"fastclip_monitor": _FORMAT, "norm_type": norm_type})
             self._needs_header = False
@@ -79,7 +79,7 @@ class Writer:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _line(self, record: Record) -> dict:
-        line = {"step": record.step, "total_norm": record.total_norm, "max_norm": record.max_norm}
+        line: dict[str, Any] = {"step": record.step, "total_norm": record.total_norm, "max_norm": record.max_norm}
         if record.numbers != self._numbers:
             line["layers"] = self._numbers = record.numbers
         for name, column in zip(COLUMNS, record.values.t().tolist(), strict=True):

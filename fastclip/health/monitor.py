@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import io
 import os
 import threading
 import warnings
@@ -43,14 +44,14 @@ def _close_all() -> None:
 class GradientMonitor:
     """Records the gradients' statistics of a model whenever they are clipped.
 
-    ::
-
-        monitor = fastclip.GradientMonitor(model)
-        for batch in data:
-            model(batch).backward()
-            monitor.clip_grad_norm_(1.0)  # in the place of clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        monitor.table()
+    ```python
+    monitor = fastclip.GradientMonitor(model)
+    for batch in data:
+        model(batch).backward()
+        monitor.clip_grad_norm_(1.0)  # in the place of clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    monitor.table()
+    ```
 
     What is recorded is the gradient before clipping, without the factor of a GradScaler that ClippedOptimizer knows of.
     Values stay on the device; nothing waits for them unless they are asked for. One call is one step.
@@ -102,7 +103,8 @@ class GradientMonitor:
         self._classes: dict[str, str] = {}  # of the modules whose activations were seen
         self._written_to: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._attached: weakref.WeakSet[ClippedOptimizer] = weakref.WeakSet()
-        self._file = self._writer = None
+        self._file: io.FileIO | None = None
+        self._writer: log.Writer | None = None
         if path is not None:
             self._open_on_first_rank(Path(path))
         self._activations = None
@@ -274,9 +276,9 @@ class GradientMonitor:
 
     def _arrived(self, record: Record) -> None:
         self._store.add(record)
-        if self._writer is not None:
+        if self._writer is not None and self._file is not None:
             try:
-                self._writer.write(record, self._norm_type)
+                self._writer.write(record, self._norm_type or 2.0)
             except OSError as error:  # a full disk is no reason to end the training
                 self._writer = None
                 warnings.warn(f"no more records are written to {self._file.name}: {error}", stacklevel=2)
@@ -379,7 +381,12 @@ class GradientMonitor:
         """
         with self._lock:
             self._transfer.drain()
-            if self._writer is not None and os.path.exists(path) and os.path.samefile(path, self._file.name):
+            if (
+                self._writer is not None
+                and self._file is not None
+                and os.path.exists(path)
+                and os.path.samefile(path, self._file.name)
+            ):
                 raise ValueError(
                     f"path: expected another file than the one this monitor writes, got {os.fspath(path)!r}"
                 )
@@ -424,7 +431,7 @@ class GradientMonitor:
 
     def _open_on_first_rank(self, path: Path) -> None:
         """All ranks go on at the step of the file: what they measure together has to be of the same steps."""
-        at = [None]
+        at: list[tuple[int, int, float | None] | None] = [None]
         try:
             if is_first_rank():
                 self._open(path)
@@ -501,8 +508,9 @@ _clip_outside_of_graphs = torch._disable_dynamo(GradientMonitor._clip)
 
 def _plain(number: float | Tensor | None) -> float | Tensor | None:
     """A number that may be a tensor, or a replicated DTensor, without either's history."""
-    number = number.full_tensor() if hasattr(number, "full_tensor") else number
-    return number.detach() if isinstance(number, Tensor) else number
+    if not isinstance(number, Tensor):
+        return number
+    return (number.full_tensor() if hasattr(number, "full_tensor") else number).detach()
 
 
 def is_first_rank() -> bool:

@@ -2,9 +2,10 @@
 
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from fastclip.health.history import Layer
 
@@ -18,9 +19,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of DistributedDataParallel, torch.compile and the like."""
     while True:
         if "_orig_mod" in model._modules:
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         elif "module" in model._modules and not _OUTER_WRAPPERS.isdisjoint(c.__name__ for c in type(model).__mro__):
-            model = model.module
+            model = model.get_submodule("module")
         else:
             return model
 
@@ -95,7 +96,7 @@ class Layers:
         if _FROZEN in numbers or None in numbers:
             self._look_again(parameters)
             numbers = tuple(map(self._number_of, parameters))
-        return numbers
+        return cast(tuple[int, ...], numbers)
 
     def has_one_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether one of the tensors is a parameter of the model, whatever its gradient."""

@@ -1,7 +1,7 @@
 """The views of the page as a matplotlib figure: norms over time, a heat map of layers by steps, distributions."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -64,7 +64,7 @@ def _norms(axes: "Axes", view: Overview) -> None:
         axes.plot(place, view.threshold.numpy(), "--", color="#b3541e", label="threshold", linewidth=1.2)
     clipped = place[(view.clipped > 0).numpy()]
     if len(clipped):
-        marks = {"transform": axes.get_xaxis_transform(), "label": "clipped", "color": "#e08a3c"}
+        marks: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "label": "clipped", "color": "#e08a3c"}
         axes.plot(clipped, [0.015] * len(clipped), "|", **marks)
     for i, column in enumerate(place[view.nonfinite.numpy()].tolist()):
         axes.axvline(column, color=_BAD, linewidth=1, label="not finite" if i == 0 else None)
@@ -82,8 +82,8 @@ def _heat_map(axes: "Axes", view: Overview, found: set[str]) -> None:
     axes.set_facecolor(_NO_GRADIENT)
     image = axes.imshow(logs.numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
     for where, color in ((view.state == ZERO, _ZERO), (view.state >= INF, _BAD)):
-        layer = torch.where(where.t(), 1.0, torch.nan)
-        axes.imshow(layer.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap([color]), vmin=0, vmax=1)
+        cells = torch.where(where.t(), 1.0, torch.nan)
+        axes.imshow(cells.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap([color]), vmin=0, vmax=1)
     axes.figure.colorbar(image, ax=axes, label="log10 of the norm", pad=0.01)
     every = -(-len(view.layers) // MAX_NAMES)
     axes.set_yticks(

@@ -35,17 +35,16 @@ class Draft:
     numbers: tuple[int, ...]
     norm_type: float
     values: Tensor
-    total_norm: Tensor | None  # None: to be computed from the values
+    total_norm: float | Tensor | None  # None: to be computed from the values
     max_norm: float | Tensor | None
-    grad_scale: Tensor | None = None  # that was taken out of the others
+    grad_scale: float | Tensor | None = None  # that was taken out of the others
     weight_norms: dict[int, Tensor] = field(default_factory=dict)
     activations: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # sums of two shares, and of how many
 
     def __post_init__(self):
         if self.values.is_cuda:  # it takes a while: others may change in place what is theirs
-            self.total_norm, self.max_norm, self.grad_scale = map(
-                _copy, (self.total_norm, self.max_norm, self.grad_scale)
-            )
+            self.total_norm, self.grad_scale = _copy(self.total_norm), _copy(self.grad_scale)
+            self.max_norm = _copy(self.max_norm)
 
     def tensors(self) -> list[Tensor]:
         numbers = self.total_norm, self.max_norm, self.grad_scale
@@ -54,8 +53,7 @@ class Draft:
 
     def finish(self, tensors: list[Tensor]) -> Record:
         """The record; the tensors are those above, on the CPU in float64."""
-        values, *rest = tensors
-        rest = iter(rest)
+        values, rest = tensors[0], iter(tensors[1:])
         total_norm, max_norm, grad_scale = (
             next(rest).item() if isinstance(x, Tensor) else math.nan if x is None else float(x)
             for x in (self.total_norm, self.max_norm, self.grad_scale)

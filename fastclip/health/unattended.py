@@ -3,6 +3,7 @@
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 from fastclip.health.discovery import Discovery
 from fastclip.health.monitor import GradientMonitor, is_first_rank
@@ -16,7 +17,7 @@ class Monitoring:
         options: of each ``GradientMonitor``.
     """
 
-    def __init__(self, page: Path, **options: object):
+    def __init__(self, page: Path, **options: Any):
         self.page = page
         self.watcher = Discovery(functools.partial(GradientMonitor, **options))
 

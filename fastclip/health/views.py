@@ -38,7 +38,7 @@ def history(records: list[Record], layers: list[Layer], norm_type: float, classe
     """All records; ``classes`` has the class of each module whose activations were watched."""
     values = torch.full((len(records), len(layers), len(COLUMNS)), math.nan, dtype=torch.float64)
     weight_norms = torch.full((len(records), len(layers)), math.nan, dtype=torch.float64)
-    numbers, own = None, None
+    numbers: tuple[int, ...] | None = None
     for place, record in enumerate(records):
         if record.numbers != numbers:
             numbers = record.numbers

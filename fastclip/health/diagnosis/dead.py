@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from fastclip.health.diagnosis.record import HALF, Record
 from fastclip.health.finding import Finding
@@ -27,9 +28,10 @@ def find_dead(record: Record, vanishing: list[Finding]) -> list[Finding]:
         return _nowhere(record)
     units = [u for u in _units(record) if u.matrices]
     dead = [all(record.zero[i] for i in u.matrices) for u in units]
-    findings, run = [], []
+    findings: list[Finding] = []
+    run: list[Unit] = []
     for unit, is_dead in zip([*units, None], [*dead, False], strict=True):
-        if is_dead:
+        if unit is not None and is_dead:
             run.append(unit)
             continue
         if run and not _faded(record, run, vanishing):
@@ -67,7 +69,7 @@ def _layer(record: Record, run: list[Unit]) -> Finding:
     name = record.layers[i].name
     zeros = record.column("zeros")[:, i]
     nonzero = ((zeros < record.numel[i]) & record.finite).nonzero()[:, 0]
-    evidence = {
+    evidence: dict[str, Any] = {
         "steps": record.span(record.recent),
         "last_step_with_gradient": record.step(int(nonzero[-1])) if len(nonzero) else None,
         "layers": [record.layers[j].name for u in run for j in u.members][:20],
@@ -119,7 +121,7 @@ def _partly(record: Record, unit: Unit) -> Finding | None:
     if len(shares) < 5 or not float(shares.quantile(0.1)) >= DEAD_UNITS:
         return None
     share = float(shares.median())
-    evidence = {"dead_share": share, "bias": record.layers[j].name, "steps": record.span(record.recent)}
+    evidence: dict[str, Any] = {"dead_share": share, "bias": record.layers[j].name, "steps": record.span(record.recent)}
     sentence = (
         f"dead units in {record.layers[i].name}: {share:.0%} of them get no gradient in steps {evidence['steps'][0]} "
         f"to {evidence['steps'][1]}."
@@ -135,7 +137,7 @@ def _nowhere(record: Record) -> list[Finding]:
     if not seen.any() or not bool((record.total[record.finite] == 0).all()):
         return []
     name = record.layers[int(seen.nonzero()[-1, 0])].name
-    evidence = {
+    evidence: dict[str, Any] = {
         "steps": record.span(record.finite_records),
         "layers": [record.layers[int(i)].name for i in seen.nonzero()][:20],
     }

@@ -1,5 +1,7 @@
 """exploding: gradients that grow with depth, with time, or are far too large for the weights."""
 
+from typing import Any
+
 import torch
 
 from fastclip.health.diagnosis.record import NAN, RECURRENT, Record, number, round_down, times
@@ -51,7 +53,7 @@ def _by_time(record: Record) -> Finding | None:
         return None  # it rose from nearly nothing, as behind a zero-initialised layer
     i = int(record.column("norm", latest).nan_to_num(0).median(0).values.argmax())
     name = record.layers[i].name
-    evidence = {
+    evidence: dict[str, Any] = {
         "growth": norm / before,
         "norm_early": before,
         "norm_latest": norm,
@@ -85,7 +87,7 @@ def _by_depth(record: Record) -> Finding | None:
     name = record.layers[i].name
     rest = [j for j in range(len(record.layers)) if j not in {moving[k] for k in far}]
     healthy = record.norm2[:, rest].square().nansum(1).sqrt()
-    evidence = {
+    evidence: dict[str, Any] = {
         "ratio": value,
         "reference": record.layers[last].name,
         "layers": [record.layers[moving[j]].name for j in far][:20],
@@ -111,7 +113,7 @@ def _by_size(record: Record) -> Finding | None:
     if not relative > TOTAL_RATIO or not (gain > AMPLIFICATION if gain == gain else relative > TOTAL_RATIO_ALONE):
         return None
     i = _hidden(record, max(moving, key=lambda j: float(record.share[j])))
-    evidence = {"to_weights": relative, "steps": record.span(record.recent)}
+    evidence: dict[str, Any] = {"to_weights": relative, "steps": record.span(record.recent)}
     if bias is not None:
         evidence |= {"amplification": gain, "output": record.layers[bias].name}
     sentence = (

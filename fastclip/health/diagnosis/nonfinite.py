@@ -1,5 +1,7 @@
 """non-finite: inf or NaN in the gradients."""
 
+from typing import Any
+
 import torch
 
 from fastclip.health.diagnosis.record import Record
@@ -27,7 +29,7 @@ def find_nonfinite(record: Record) -> list[Finding]:
     layer, everywhere = _source(record, first)
     name = record.layers[layer].name
     counts = {c: int(record.column(c)[first].nan_to_num(0).sum()) for c in ("infs", "nans")}
-    evidence = {
+    evidence: dict[str, Any] = {
         "first_step": record.step(first),
         "steps": [record.step(i) for i in bad[:20]],
         "records": len(bad),

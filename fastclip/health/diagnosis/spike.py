@@ -1,6 +1,7 @@
 """spike: single steps whose norm stands far out of those around."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def find_spikes(record: Record) -> list[Finding]:
     i, dominant = _loudest(record, at, [int(r) for r in records[max(0, worst - WINDOW) : worst]])
     name = record.layers[i].name
     threshold = round_down(float(norms.quantile(0.9)))
-    evidence = {
+    evidence: dict[str, Any] = {
         "step": record.step(at),
         "norm": float(norms[worst]),
         "norm_around": float(around[worst]),

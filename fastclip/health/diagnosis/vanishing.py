@@ -1,6 +1,7 @@
 """vanishing: gradients that shrink on their way to the input, or fall below what their dtype can hold."""
 
 import math
+from typing import Any
 
 from fastclip.health.diagnosis.record import HALF, RECURRENT, Record, number, times
 from fastclip.health.finding import Finding
@@ -50,7 +51,7 @@ def _by_underflow(record: Record) -> Finding | None:
     i = max(found, key=lambda j: (float(gone[j]), -j))
     small, nothing = (float((x[:, i] / record.numel[i]).nanmedian()) for x in (subnormal, zeros))
     layer = record.layers[i]
-    evidence = {
+    evidence: dict[str, Any] = {
         "dtype": layer.dtype,
         "subnormal_share": small,
         "zero_share": nothing,
@@ -102,7 +103,7 @@ def _single(record: Record) -> Finding | None:
 def _finding(record: Record, worst: int, top: int, below: list[int]) -> Finding:
     ratio = float(record.typical_size[worst]) / float(record.typical_size[top])
     name, reference = record.layers[worst].name, record.layers[top].name
-    evidence = {
+    evidence: dict[str, Any] = {
         "ratio": ratio,
         "reference": reference,
         "layers": [record.layers[i].name for i in below][:20],
@@ -134,7 +135,7 @@ def _everywhere(record: Record) -> Finding | None:
         return None
     i = max(record.moving, key=lambda j: float(record.share[j]))
     ratio = float(gradient / weights)
-    evidence = {"to_weights": ratio, "steps": record.span(early)}
+    evidence: dict[str, Any] = {"to_weights": ratio, "steps": record.span(early)}
     sentence = (
         f"vanishing gradients in the whole model: their norm is {number(ratio)} of that of the weights in steps "
         f"{evidence['steps'][0]} to {evidence['steps'][1]}, and {record.layers[i].name} contributes most."

@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "clip_math.h"
+#include "policy.h"
 #ifdef FASTCLIP_CUDA
 #include "cuda/clip_cuda.h"
 #endif
@@ -261,11 +261,16 @@ void check_finite(double returned_norm, NormType type) {
   check_finite(returned_norm, type == NormType::L1 ? "1.0" : type == NormType::L2 ? "2.0" : "inf");
 }
 
-double coef_for(double max_norm, double total_norm, double returned_norm) {
-  return clip_coef(max_norm, std::isfinite(returned_norm) ? total_norm : returned_norm);
+double Threshold::at(double total_norm) const {
+  return policy.defined() ? follow(Alone(), policy.mutable_data_ptr<double>(), total_norm) : here();
 }
 
-double step_factor(double max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype) {
+double coef_for(const Threshold& max_norm, double total_norm, double returned_norm) {
+  const double norm = std::isfinite(returned_norm) ? total_norm : returned_norm;
+  return clip_coef(max_norm.at(norm), norm);
+}
+
+double step_factor(const Threshold& max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype) {
   const double norm = scaled_norm / grad_scale;
   return coef_for(max_norm, norm, rounded(norm, norm_dtype)) / grad_scale;
 }
@@ -320,7 +325,7 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
   return number_tensor(norm, grads.norm_dtype());
 }
 
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
+at::Tensor clip_grad_norm(Gradients& grads, const Threshold& max_norm, NormType type, bool error_if_nonfinite,
                           at::Tensor* statistics) {
 #ifdef FASTCLIP_CUDA
   if (!grads.only_on_cpu()) return cuda::clip_grad_norm(grads, max_norm, type, error_if_nonfinite, statistics);
@@ -330,20 +335,20 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
   const double returned_norm = rounded(norm, grads.norm_dtype());
   if (error_if_nonfinite) check_finite(returned_norm, type);
   at::Tensor result = number_tensor(norm, grads.norm_dtype());  // before anything is written: it may be out of memory
-  const double coef = coef_for(max_norm.here(), norm, returned_norm);
+  const double coef = coef_for(max_norm, norm, returned_norm);
   if (must_scale(coef)) scale(group, coef);
   return result;
 }
 
-Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
-                      at::Tensor* statistics) {
+Prepared prepare_step(Gradients& grads, const Threshold& max_norm, NormType type, const Number& grad_scale,
+                      bool in_place, at::Tensor* statistics) {
 #ifdef FASTCLIP_CUDA
   if (!grads.only_on_cpu()) return cuda::prepare_step(grads, max_norm, type, grad_scale, in_place, statistics);
 #endif
   Group& group = grads.groups().front();
   const double norm = norm_and_statistics(grads, type, statistics);
   const double scaled_by = grad_scale.here();
-  const double factor = step_factor(max_norm.here(), norm, scaled_by, grads.norm_dtype());
+  const double factor = step_factor(max_norm, norm, scaled_by, grads.norm_dtype());
   Prepared prepared = prepared_tensors(norm, scaled_by, factor, grads.norm_dtype());
   if (in_place && std::isfinite(norm) && must_scale(factor)) scale(group, factor);
   return prepared;
@@ -355,6 +360,13 @@ void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number
 #endif
   const double coef = clip_coef(max_norm.here(), total_norm.here());
   if (must_scale(coef)) scale(grads.groups().front(), coef);
+}
+
+void follow_norm(const at::Tensor& policy, const at::Tensor& total_norm) {
+#ifdef FASTCLIP_CUDA
+  if (policy.is_cuda()) return cuda::follow_norm(policy, total_norm);
+#endif
+  Threshold{{}, policy}.at(total_norm.item().toDouble());
 }
 
 void clip_grad_value(Gradients& grads, double clip_value) {

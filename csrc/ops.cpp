@@ -83,7 +83,7 @@ Tensor clip_grad_norm(TensorList tensors, const Number& max_norm, double norm_ty
   if (grads.none()) return number_tensor(0, at::kFloat);
   return run(
       why_not_fused(grads, norm_type),
-      [&] { return fastclip::clip_grad_norm(grads, max_norm, *fused_norm_type(norm_type), error_if_nonfinite); },
+      [&] { return fastclip::clip_grad_norm(grads, {max_norm, {}}, *fused_norm_type(norm_type), error_if_nonfinite); },
       [&] {
         const Tensor norm = norm_by_torch(tensors, norm_type, error_if_nonfinite);
         scale_by_torch(tensors, max_norm, norm);

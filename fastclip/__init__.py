@@ -9,13 +9,16 @@ from fastclip.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_nor
 from fastclip.counters import counters, reset_counters
 from fastclip.optim import ClippedOptimizer
 from fastclip.patching import is_patched, patch, patched, unpatch
+from fastclip.policies import AutoClip, ZClip
 from fastclip.statistics import GradStatistics
 
 __all__ = [
+    "AutoClip",
     "ClippedOptimizer",
     "GradScaler",
     "GradStatistics",
     "GradientMonitor",
+    "ZClip",
     "__version__",
     "build_info",
     "clip_grad_norm_",

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastclip import _torch_functions
 from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
+from fastclip.policies import ThresholdPolicy
 from fastclip.statistics import COLUMNS, GradStatistics, by_torch
 
 
@@ -57,7 +58,7 @@ def clip_grad_norm_(
         return reason
     max_norm = _full(max_norm)
     norm, unrounded = grads.total_norm(norm_type, error_if_nonfinite, given, statistics)
-    grads.scale(max_norm, unrounded)
+    grads.scale(max_norm.follow(unrounded) if isinstance(max_norm, ThresholdPolicy) else max_norm, unrounded)
     grads.count_call()
     return norm
 

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from fastclip import clip, watching
 from fastclip._native import _C
 from fastclip.counters import count_fallback
+from fastclip.policies import ThresholdPolicy, in_force
 from fastclip.statistics import COLUMNS, GradStatistics
 from fastclip.statistics import by_torch as statistics_by_torch
 
@@ -22,7 +23,7 @@ from fastclip.statistics import by_torch as statistics_by_torch
 # where the other is 1.
 AMP_ATTRIBUTES = "grad_scale", "found_inf"
 
-Threshold = float | Tensor | Callable[[int], float | Tensor]
+Threshold = float | Tensor | ThresholdPolicy | Callable[[int], float | Tensor]
 
 
 class StepClipping:
@@ -74,7 +75,7 @@ class StepClipping:
     @property
     def last_clip_coef(self) -> Tensor | None:
         norm, max_norm = self.last
-        return None if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1)
+        return None if norm is None else (in_force(max_norm) / (norm + 1e-6)).clamp(max=1)
 
     def clip(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, is_recorded: bool = True) -> None:
         """Clips, or leaves attributes on the optimizer with which its step clips. The caller removes these after it.
@@ -120,7 +121,7 @@ class StepClipping:
         if recording:
             has_one_norm = not any("max_norm" in group for group in self.optimizer.param_groups)
             total_norm, max_norm = self.last if has_one_norm else (None, None)
-            recording.finish(total_norm, max_norm, self.norm_type, grad_scale)
+            recording.finish(total_norm, in_force(max_norm), self.norm_type, grad_scale)
 
     def _clip_unwatched(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if self.clip_value is not None and not self._has_own_thresholds():
@@ -229,7 +230,8 @@ class StepClipping:
         with torch.no_grad():
             norm = clip.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
             norm = _plain(norm)
-            self.last = norm if grad_scale is None else norm / grad_scale, max_norm
+            norm = norm if grad_scale is None else norm / grad_scale
+            self.last = norm, max_norm.follow(norm) if isinstance(max_norm, ThresholdPolicy) else max_norm
             return ((1 if grad_scale is None else grad_scale) / self.last_clip_coef).float()
 
     def prepare_scaled(self, grad_scale: Tensor) -> Tensor | None:
@@ -337,9 +339,9 @@ def _plain(norm: Tensor) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def number(value: float | Tensor, argument: str) -> float | Tensor:
+def number(value: float | Tensor | ThresholdPolicy, argument: str) -> float | Tensor | ThresholdPolicy:
     """A threshold, if it is one. A tensor is not looked at: that might wait for a device."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, ThresholdPolicy)):
         return value
     if type(value) is not float and not isinstance(value, numbers.Real):  # which takes 0.4 us
         raise TypeError(f"{argument}: expected a number, got {value!r}")

@@ -156,10 +156,21 @@ class Part {
     if (!rounds_.empty()) {
       reduce(job.norm_type);
       job.parts = nullptr;
+      if (job.policy) decide(job);
       return scale(job);
     }
     job.task = Task::ReduceThenScale;
     launch(job, table_, blocks_, stream);
+  }
+
+  // Lets the policy decide, for all launches that follow.
+  void decide(Job& job) const {
+    Job alone = job;
+    alone.task = Task::Scale;
+    alone.scale_rows = 0;
+    launch(alone, table_, 1, stream);
+    job.policy = nullptr;
+    job.source = Source::Coef;
   }
 
   // Scales the gradients that are flat memory. The coefficient comes from job.source.
@@ -336,6 +347,10 @@ struct Call {
   at::Tensor cpu_statistics;
 };
 
+double* state_of(const Threshold& threshold) {
+  return threshold.policy.defined() ? threshold.policy.mutable_data_ptr<double>() : nullptr;
+}
+
 // A number as a kernel on `device` reads it. A copy of it, if one has to be made, is kept in `kept`.
 Operand operand(const Number& number, c10::Device device, std::vector<at::Tensor>& kept) {
   if (!number.tensor.defined()) return {number.value, nullptr, DType::F64};
@@ -376,7 +391,7 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
   return norm;
 }
 
-static at::Tensor clip_led_by_host(Call& call, double max_norm, NormType type, bool error_if_nonfinite,
+static at::Tensor clip_led_by_host(Call& call, const Threshold& max_norm, NormType type, bool error_if_nonfinite,
                                    at::Tensor* statistics) {
   const double total_norm = call.norm_here(type), returned_norm = rounded(total_norm, call.dtype);
   if (statistics) *statistics = call.statistics();
@@ -387,15 +402,16 @@ static at::Tensor clip_led_by_host(Call& call, double max_norm, NormType type, b
   return result;
 }
 
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
+at::Tensor clip_grad_norm(Gradients& grads, const Threshold& max_norm, NormType type, bool error_if_nonfinite,
                           at::Tensor* statistics) {
   Call call(grads, {.reduces = true, .writes = true, .examines = statistics != nullptr});
-  if (call.host_leads) return clip_led_by_host(call, max_norm.here(), type, error_if_nonfinite, statistics);
+  if (call.host_leads) return clip_led_by_host(call, max_norm, type, error_if_nonfinite, statistics);
 
   std::vector<at::Tensor> kept;
   call.gather(type);
   Job job = norm_job(call, type);
   job.max_norm = operand(max_norm, call.lead().group.device, kept);
+  job.policy = state_of(max_norm);
   job.spare_nonfinite = error_if_nonfinite;
   call.lead().reduce_then_scale(job);
   at::Tensor norm = call.lead().norm(call.dtype);
@@ -406,13 +422,13 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
   return norm;
 }
 
-Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
-                      at::Tensor* statistics) {
+Prepared prepare_step(Gradients& grads, const Threshold& max_norm, NormType type, const Number& grad_scale,
+                      bool in_place, at::Tensor* statistics) {
   Call call(grads, {.reduces = true, .writes = in_place, .examines = statistics != nullptr});
   if (call.host_leads) {
     const double norm = call.norm_here(type), scaled_by = grad_scale.here();
     if (statistics) *statistics = call.statistics();
-    const double factor = step_factor(max_norm.here(), norm, scaled_by, call.dtype);
+    const double factor = step_factor(max_norm, norm, scaled_by, call.dtype);
     if (in_place && std::isfinite(norm) && must_scale(factor)) call.scale_all(factor);
     return prepared_tensors(norm, scaled_by, factor, call.dtype);
   }
@@ -421,6 +437,7 @@ Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, c
   call.gather(type);
   Job job = norm_job(call, type);
   job.max_norm = operand(max_norm, call.lead().group.device, kept);
+  job.policy = state_of(max_norm);
   job.grad_scale = operand(grad_scale, call.lead().group.device, kept);
   job.spare_found_inf = in_place;
   if (in_place) {
@@ -450,6 +467,18 @@ void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number
   if (!call.cpu) return;
   const double coef = clip_coef(max_norm.here(), total_norm.here());
   if (must_scale(coef)) scale(*call.cpu, coef);
+}
+
+void follow_norm(const at::Tensor& policy, const at::Tensor& total_norm) {
+  std::vector<at::Tensor> kept;
+  Job job{};
+  job.task = Task::Scale;
+  job.source = Source::TotalNorm;
+  job.norm_is_f64 = true;
+  job.grad_scale.value = 1;
+  job.total_norm = operand({0, total_norm}, policy.device(), kept);
+  job.policy = policy.mutable_data_ptr<double>();
+  launch(job, PackedTable(0), 1, c10::cuda::getCurrentCUDAStream(policy.device().index()));
 }
 
 void clip_grad_value(Gradients& grads, double clip_value) {

@@ -6,11 +6,12 @@
 namespace fastclip::cuda {
 
 at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite, at::Tensor* statistics);
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, bool error_if_nonfinite,
+at::Tensor clip_grad_norm(Gradients& grads, const Threshold& max_norm, NormType type, bool error_if_nonfinite,
                           at::Tensor* statistics);
 void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm);
 void clip_grad_value(Gradients& grads, double clip_value);
-Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
-                      at::Tensor* statistics);
+void follow_norm(const at::Tensor& policy, const at::Tensor& total_norm);
+Prepared prepare_step(Gradients& grads, const Threshold& max_norm, NormType type, const Number& grad_scale,
+                      bool in_place, at::Tensor* statistics);
 
 }  // namespace fastclip::cuda

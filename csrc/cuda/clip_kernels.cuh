@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 
 #include "../clip_math.h"
+#include "../policy.h"
 #include "job.h"
 
 namespace fastclip::cuda {
@@ -772,15 +773,39 @@ __device__ void clamp_share(const Job& job, const Entry* entries) {
 
 // ---- the kernel ----
 
+// The norm that the user gets, unrounded as long as it is finite when rounded.
+__device__ double unscaled_norm(const Job& job, double total_norm) {
+  total_norm /= read(job.grad_scale);
+  const double returned = job.norm_is_f64 ? total_norm : static_cast<float>(total_norm);
+  return isfinite(returned) ? total_norm : returned;
+}
+
+// The threads of a block, as policy.h has a team.
+struct Block {
+  __device__ int size() const { return kThreads; }
+  __device__ int rank() const { return threadIdx.x; }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ int count(bool holds) const { return __syncthreads_count(holds); }
+};
+
+// Lets the policy follow the norm that thread 0 has; the threshold is in its state then.
+__device__ __noinline__ void follow_in_block(const Job& job, double total_norm) {
+  __shared__ double norm;
+  if (threadIdx.x == 0) norm = unscaled_norm(job, total_norm);
+  __syncthreads();
+  follow(Block(), job.policy, norm);
+}
+
 // For thread 0: the coefficient. Block 0 leaves the norm and the coefficient behind.
 __device__ double decide(const Job& job, double total_norm) {
   if (job.source == Source::Coef) return job.results->coef;
   const bool found_inf = !isfinite(total_norm);
   const double grad_scale = read(job.grad_scale);
-  total_norm /= grad_scale;
-  const double returned = job.norm_is_f64 ? total_norm : static_cast<float>(total_norm);
   // Where the user gets inf, torch's results hold: everything finite becomes 0, what was infinite NaN.
-  double coef = clip_coef(read(job.max_norm), isfinite(returned) ? total_norm : returned) / grad_scale;
+  total_norm = unscaled_norm(job, total_norm);
+  const double returned = job.norm_is_f64 ? total_norm : static_cast<float>(total_norm);
+  const double max_norm = job.policy ? reinterpret_cast<PolicyHead*>(job.policy)->threshold : read(job.max_norm);
+  double coef = clip_coef(max_norm, total_norm) / grad_scale;
   if ((job.spare_nonfinite && !isfinite(returned)) || (job.spare_found_inf && found_inf)) coef = 1;
   if (blockIdx.x == 0 && job.results) {
     Results& results = *job.results;
@@ -794,6 +819,13 @@ __device__ double decide(const Job& job, double total_norm) {
     results.grad_scale = static_cast<float>(1 / coef), results.found_inf = found_inf;
   }
   return coef;
+}
+
+__device__ void scale_by(const Job& job, const Entry* entries, double coef) {
+  if (!must_scale(coef)) return;
+  const Factors factors(coef);
+  scale_share(job, entries, factors.first);
+  if (factors.second != 1) scale_share(job, entries, factors.second);
 }
 
 // A kernel of its own has statistics: that without them has not a register more for it.
@@ -824,20 +856,24 @@ __device__ void run(const Job& job, const Entry* entries) {
     if (job.task == Task::Norm && blockIdx.x != 0) return;
   }
 
+  __shared__ double shared_coef;
+  if (job.policy && blockIdx.x != 0) {  // waits for block 0, which follows the norm for all
+    cooperative_groups::this_grid().sync();
+    if (threadIdx.x == 0) shared_coef = __ldcg(&job.results->coef);
+    __syncthreads();
+    return scale_by(job, entries, shared_coef);
+  }
   double total_norm = 0;
   if (job.source == Source::PartialNorms) {
     total_norm = with_norm_type(job.norm_type, [&](auto norm) { return combine_partials<decltype(norm)>(job); });
   } else if (job.source == Source::TotalNorm) {
     total_norm = read(job.total_norm);
   }
-  __shared__ double shared_coef;
+  if (job.policy) follow_in_block(job, total_norm);
   if (threadIdx.x == 0) shared_coef = decide(job, total_norm);
   __syncthreads();
-  const double coef = shared_coef;
-  if (job.task == Task::Norm || !must_scale(coef)) return;
-  const Factors factors(coef);
-  scale_share(job, entries, factors.first);
-  if (factors.second != 1) scale_share(job, entries, factors.second);
+  if (job.policy && job.task == Task::ReduceThenScale) cooperative_groups::this_grid().sync();
+  if (job.task != Task::Norm) scale_by(job, entries, shared_coef);
 }
 
 template <class Table, bool kStatistics>

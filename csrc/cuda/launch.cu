@@ -62,6 +62,14 @@ void launch_kernel(const void* kernel, Job job, const void* table, int blocks, c
     launch_plain(kernel, blocks, args, stream);
   }
   job.task = Task::Scale;
+  if (job.policy && whole != Task::Norm) {
+    Job decision = job;
+    decision.scale_rows = 0;
+    void* decision_args[] = {&decision, const_cast<void*>(table)};
+    launch_plain(kernel, 1, decision_args, stream);
+    job.policy = nullptr;
+    job.source = Source::Coef;
+  }
   if (whole == Task::Norm) job.scale_rows = 0;
   launch_plain(kernel, whole == Task::Norm ? 1 : blocks, args, stream);
 }

@@ -63,6 +63,20 @@ Number to_number(py::handle object, const char* argument) {
   return {to_double(object, argument), {}};
 }
 
+// Whether an object is a threshold policy: something that has its state on a device (fastclip/policies.py).
+bool is_policy(py::handle object) {
+  return !PyFloat_CheckExact(object.ptr()) && !THPVariable_Check(object.ptr()) &&
+         PyObject_HasAttrString(object.ptr(), "_state_on");
+}
+
+// A threshold for these gradients, once they are collected. For a policy Python code runs.
+Threshold to_threshold(py::handle object, bool follows, const Number& number, Gradients& grads) {
+  if (!follows || grads.none() || !grads.fallback_reason().empty()) return {number, {}};
+  grads.own_all();
+  const std::string device = grads.groups().front().device.str();
+  return {{}, THPVariable_Unpack(object.attr("_state_on")(device).ptr())};
+}
+
 // Whether an object is a DTensor. Before torch.distributed.tensor is imported, which takes half a second, there is
 // none.
 bool is_dtensor(py::handle object) {
@@ -357,12 +371,14 @@ py::object clip_grad_norm_(py::handle parameters, py::handle max_norm, py::handl
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clip_grad_norm_", {});
   const double p = to_double(norm_type, "norm_type");
-  const Number threshold = to_number(max_norm, "max_norm");
+  const bool follows = is_policy(max_norm);
+  const Number number = follows ? Number() : to_number(max_norm, "max_norm");
   const bool error = py::bool_(py::reinterpret_borrow<py::object>(error_if_nonfinite));
   const Nonfinite policy = to_nonfinite(nonfinite, error);
   ClipReport* const told = to_report(report);
   Gradients grads(Access::Write, expected_size(parameters), argument_name(Items::Parameters));
   collect(grads, parameters.ptr(), Items::Parameters);
+  const Threshold threshold = to_threshold(max_norm, follows, number, grads);
   return with_statistics(grads, p, statistics, [&](NormType type, at::Tensor* values) {
     return fastclip::clip_grad_norm(grads, threshold, type, policy, values, told);
   });
@@ -374,7 +390,8 @@ py::object prepare_step(py::handle parameters, py::handle max_norm, py::handle n
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::prepare_step", {});
   const double p = to_double(norm_type, "norm_type");
-  const Number threshold = to_number(max_norm, "max_norm");
+  const bool follows = is_policy(max_norm);
+  const Number number = follows ? Number() : to_number(max_norm, "max_norm");
   const Number scale = grad_scale.is_none() ? Number{1, {}} : to_number(grad_scale, "grad_scale");
   const Nonfinite policy = to_nonfinite(nonfinite);
   ClipReport* const told = to_report(report);
@@ -382,6 +399,7 @@ py::object prepare_step(py::handle parameters, py::handle max_norm, py::handle n
   collect(grads, parameters.ptr(), Items::Parameters);
   // torch.amp.GradScaler refuses these, since they lose what scaling has kept; not where the optimizer unscales.
   if (in_place && grads.has(DType::F16)) return py::str("unscaling float16");
+  const Threshold threshold = to_threshold(max_norm, follows, number, grads);
   return with_statistics(grads, p, statistics, [&](NormType type, at::Tensor* values) {
     return fastclip::prepare_step(grads, threshold, type, scale, in_place, policy, values, told);
   });
@@ -516,6 +534,13 @@ py::object report_on(Report& report, py::handle grads_list, std::vector<int64_t>
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+void follow_norm(py::handle policy, py::handle total_norm) {
+  HANDLE_TH_ERRORS
+  RECORD_FUNCTION("fastclip::follow_norm", {});
+  fastclip::follow_norm(THPVariable_Unpack(policy.ptr()), THPVariable_Unpack(total_norm.ptr()));
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 py::object clamp_(py::handle grads_list, double clip_value) {
   HANDLE_TH_ERRORS
   RECORD_FUNCTION("fastclip::clamp_", {});
@@ -552,6 +577,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_of", &fc::norm_of);
   m.def("scale_by_norm_", &fc::scale_by_norm_);
   m.def("clamp_", &fc::clamp_);
+  m.def("follow_norm", &fc::follow_norm);
   m.def("prepare_step", [](handle parameters, handle max_norm, handle norm_type, handle grad_scale, bool in_place) {
     return fc::prepare_step(parameters, max_norm, norm_type, grad_scale, in_place, {}, {}, {});
   });

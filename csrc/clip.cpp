@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "clip_math.h"
+#include "policy.h"
 #ifdef FASTCLIP_CUDA
 #include "cuda/clip_cuda.h"
 #endif
@@ -310,11 +310,16 @@ void check_finite(Gradients& grads, double returned_norm, NormType type) {
                                     " has the first inf or NaN"));
 }
 
-double coef_for(double max_norm, double total_norm, double returned_norm, Nonfinite nonfinite) {
-  return clip_coef(max_norm, std::isfinite(returned_norm) ? total_norm : returned_norm, nonfinite);
+double Threshold::at(double total_norm) const {
+  return policy.defined() ? follow(Alone(), policy.mutable_data_ptr<double>(), total_norm) : here();
 }
 
-double step_factor(double max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype,
+double coef_for(const Threshold& max_norm, double total_norm, double returned_norm, Nonfinite nonfinite) {
+  const double norm = std::isfinite(returned_norm) ? total_norm : returned_norm;
+  return clip_coef(max_norm.at(norm), norm, nonfinite);
+}
+
+double step_factor(const Threshold& max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype,
                    Nonfinite nonfinite) {
   const double norm = scaled_norm / grad_scale;
   return coef_for(max_norm, norm, rounded(norm, norm_dtype), nonfinite) / grad_scale;
@@ -380,7 +385,7 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
   return number_tensor(norm, grads.norm_dtype());
 }
 
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, Nonfinite nonfinite,
+at::Tensor clip_grad_norm(Gradients& grads, const Threshold& max_norm, NormType type, Nonfinite nonfinite,
                           at::Tensor* statistics, ClipReport* report) {
 #ifdef FASTCLIP_CUDA
   if (!grads.only_on_cpu()) return cuda::clip_grad_norm(grads, max_norm, type, nonfinite, statistics, report);
@@ -388,7 +393,7 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
   Group& group = grads.groups().front();
   const double norm = norm_and_statistics(grads, type, statistics);
   const double returned_norm = rounded(norm, grads.norm_dtype());
-  const double coef = coef_for(max_norm.here(), norm, returned_norm, nonfinite);
+  const double coef = coef_for(max_norm, norm, returned_norm, nonfinite);
   if (report) fill(*report, grads, norm, returned_norm, coef);
   if (nonfinite == Nonfinite::Raise) check_finite(grads, returned_norm, type);
   at::Tensor result = number_tensor(norm, grads.norm_dtype());  // before anything is written: it may be out of memory
@@ -396,8 +401,8 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
   return result;
 }
 
-Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
-                      Nonfinite nonfinite, at::Tensor* statistics, ClipReport* report) {
+Prepared prepare_step(Gradients& grads, const Threshold& max_norm, NormType type, const Number& grad_scale,
+                      bool in_place, Nonfinite nonfinite, at::Tensor* statistics, ClipReport* report) {
 #ifdef FASTCLIP_CUDA
   if (!grads.only_on_cpu()) {
     return cuda::prepare_step(grads, max_norm, type, grad_scale, in_place, nonfinite, statistics, report);
@@ -406,7 +411,7 @@ Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, c
   Group& group = grads.groups().front();
   const double norm = norm_and_statistics(grads, type, statistics);
   const double scaled_by = grad_scale.here();
-  const double factor = step_factor(max_norm.here(), norm, scaled_by, grads.norm_dtype(), nonfinite);
+  const double factor = step_factor(max_norm, norm, scaled_by, grads.norm_dtype(), nonfinite);
   Prepared prepared = prepared_tensors(norm, scaled_by, factor, grads.norm_dtype(), nonfinite);
   if (report) fill(*report, grads, norm, rounded(norm / scaled_by, grads.norm_dtype()), factor * scaled_by);
   if (in_place && std::isfinite(norm) && must_scale(factor)) scale(group, factor);
@@ -428,6 +433,13 @@ void report_on(Gradients& grads, const Number& max_norm, const Number& total_nor
 #endif
   const double norm = total_norm.here();
   fill(report, grads, norm, norm, clip_coef(max_norm.here(), norm, nonfinite));
+}
+
+void follow_norm(const at::Tensor& policy, const at::Tensor& total_norm) {
+#ifdef FASTCLIP_CUDA
+  if (policy.is_cuda()) return cuda::follow_norm(policy, total_norm);
+#endif
+  Threshold{{}, policy}.at(total_norm.item().toDouble());
 }
 
 void clip_grad_value(Gradients& grads, double clip_value) {

@@ -24,6 +24,14 @@ struct Number {
   double here() const { return tensor.defined() ? tensor.item().toDouble() : value; }
 };
 
+// A threshold: a number, or a policy (policy.h), which makes one of the norm.
+struct Threshold : Number {
+  at::Tensor policy;  // its state: float64, on the device that decides
+
+  // For a norm in memory here. A policy learns from it.
+  double at(double total_norm) const;
+};
+
 // A 0-d tensor of plain memory on a CUDA device, which can be left there; nothing for any other.
 std::optional<Number> on_device(const at::Tensor& tensor);
 
@@ -162,7 +170,8 @@ void check_finite(double returned_norm, const std::string& order, const std::str
 
 // The clip coefficient, from the unrounded norm. Where the user gets inf or NaN, torch's results hold: everything
 // finite becomes 0, what was infinite NaN; or what `nonfinite` says.
-double coef_for(double max_norm, double total_norm, double returned_norm, Nonfinite nonfinite = Nonfinite::Propagate);
+double coef_for(const Threshold& max_norm, double total_norm, double returned_norm,
+                Nonfinite nonfinite = Nonfinite::Propagate);
 
 // The order of the norm where a kernel computes it.
 std::optional<NormType> fused_norm_type(double p);
@@ -185,7 +194,7 @@ struct Prepared {
 };
 
 // What gradients that are multiplied by grad_scale have to be multiplied by to be unscaled and clipped.
-double step_factor(double max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype,
+double step_factor(const Threshold& max_norm, double scaled_norm, double grad_scale, at::ScalarType norm_dtype,
                    Nonfinite nonfinite);
 Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, at::ScalarType norm_dtype,
                           Nonfinite nonfinite);
@@ -195,7 +204,7 @@ Prepared prepared_tensors(double scaled_norm, double grad_scale, double factor, 
 // error.
 at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfinite, at::Tensor* statistics = nullptr);
 // With `report`, it is filled too, in the same cases.
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, Nonfinite nonfinite,
+at::Tensor clip_grad_norm(Gradients& grads, const Threshold& max_norm, NormType type, Nonfinite nonfinite,
                           at::Tensor* statistics = nullptr, ClipReport* report = nullptr);
 void clip_grads_with_norm(Gradients& grads, const Number& max_norm, const Number& total_norm,
                           Nonfinite nonfinite = Nonfinite::Propagate);
@@ -204,6 +213,9 @@ void report_on(Gradients& grads, const Number& max_norm, const Number& total_nor
                ClipReport& report);
 void clip_grad_value(Gradients& grads, double clip_value);
 
+// Lets a policy follow a norm on its own device, 0-d: its threshold is in its state then. Nothing waits.
+void follow_norm(const at::Tensor& policy, const at::Tensor& total_norm);
+
 // Prepares the step of an optimizer whose gradients are still multiplied by grad_scale. Reads them once. In place: also
 // divides them by the result's grad_scale, unless one of them is inf or NaN, since then the step is left out.
 //
@@ -211,8 +223,8 @@ void clip_grad_value(Gradients& grads, double clip_value);
 // float32 is at most 2^256 times their number, and float64 reaches to 2^1024. Only float64 gradients can have a norm
 // beyond their dtype, above 1.8e308; that counts as inf. With Nonfinite::Skip so does each norm that the user gets as
 // inf.
-Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
-                      Nonfinite nonfinite = Nonfinite::Propagate, at::Tensor* statistics = nullptr,
+Prepared prepare_step(Gradients& grads, const Threshold& max_norm, NormType type, const Number& grad_scale,
+                      bool in_place, Nonfinite nonfinite = Nonfinite::Propagate, at::Tensor* statistics = nullptr,
                       ClipReport* report = nullptr);
 
 }  // namespace fastclip

@@ -85,7 +85,7 @@ Tensor clip_grad_norm(TensorList tensors, const Number& max_norm, double norm_ty
       why_not_fused(grads, norm_type),
       [&] {
         const Nonfinite nonfinite = error_if_nonfinite ? Nonfinite::Raise : Nonfinite::Propagate;
-        return fastclip::clip_grad_norm(grads, max_norm, *fused_norm_type(norm_type), nonfinite);
+        return fastclip::clip_grad_norm(grads, {max_norm, {}}, *fused_norm_type(norm_type), nonfinite);
       },
       [&] {
         const Tensor norm = norm_by_torch(tensors, norm_type, error_if_nonfinite);

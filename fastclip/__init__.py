@@ -12,14 +12,17 @@ from fastclip.counters import counters, reset_counters
 from fastclip.groups import clip_grad_norms_
 from fastclip.optim import ClippedOptimizer
 from fastclip.patching import is_patched, patch, patched, unpatch
+from fastclip.policies import AutoClip, ZClip
 from fastclip.statistics import GradStatistics
 
 __all__ = [
+    "AutoClip",
     "ClipReport",
     "ClippedOptimizer",
     "GradScaler",
     "GradStatistics",
     "GradientMonitor",
+    "ZClip",
     "__version__",
     "build_info",
     "clip_grad_adaptive_",

@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from fastclip import _torch_functions, clip_report, compiled, distributed, watching
 from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
+from fastclip.policies import ThresholdPolicy, in_force
 from fastclip.statistics import GradStatistics
 from fastclip.statistics import by_torch as statistics_by_torch
 from fastclip.statistics import check as check_statistics
@@ -101,7 +102,8 @@ def clip_grad_norm_(
     Args:
         parameters: one tensor or an iterable of tensors; those whose ``.grad`` is None are passed over. Gradients are
             float32, float64, float16 or bfloat16, mixed as they come.
-        max_norm: the threshold, a number or a 0-d tensor, in the gradients' own unit.
+        max_norm: the threshold, a number or a 0-d tensor, in the gradients' own unit; or a ``ZClip`` or ``AutoClip``,
+            which makes it of the norms so far (under torch.compile such a call leaves the graph).
         norm_type: order of the norm; 1, 2 and inf (or ``"inf"``) are fused, others are done by torch.
         error_if_nonfinite: raise when the norm is inf or NaN, and leave every gradient as it was. The message names
             the first gradient with inf or NaN.
@@ -159,6 +161,8 @@ def clip_grad_norm_(
             nonfinite,
         )
     if is_dynamo_compiling() and process_group is None and not process_groups:
+        if isinstance(max_norm, ThresholdPolicy):
+            return _clip_outside_of_graphs(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
         return compiled.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     if type(parameters) is not list:  # two frames of Python less, 0.2 us
         parameters = _parameters_of(parameters)
@@ -179,8 +183,15 @@ def clip_grad_norm_(
                 return result
         reason = result
     count_fallback(reason)
-    with clip_report.naming_the_first_bad("parameters", parameters):
-        return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    items = [parameters] if isinstance(parameters, Tensor) else parameters
+    return clip_report.clip_by_torch(items, max_norm, norm_type, error_if_nonfinite, foreach, None)
+
+
+_clip_outside_of_graphs = torch._disable_dynamo(clip_grad_norm_)
+
+
+def _gradients_of(parameters: Tensor | list | tuple) -> list[Tensor]:
+    return [p.grad for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
 
 
 def clip_recorded(
@@ -205,7 +216,7 @@ def clip_recorded(
     finally:
         # Also after the error for a norm that is not finite: that step says most about it.
         if recording and getattr(statistics, "values", None) is not None:
-            recording.finish(norm, max_norm, float(norm_type))
+            recording.finish(norm, in_force(max_norm), float(norm_type))
     return norm
 
 
@@ -257,7 +268,7 @@ def _clip_and_tell(
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     if statistics is None:
         return clip_report.clip_by_torch(parameters, max_norm, norm_type, error_if_nonfinite, foreach, nonfinite)
-    values = statistics_by_torch([p.grad for p in parameters if p.grad is not None], norm_type)
+    values = statistics_by_torch(_gradients_of(parameters), norm_type)
     try:
         norm = clip_report.clip_by_torch(parameters, max_norm, norm_type, error_if_nonfinite, foreach, nonfinite)
     except RuntimeError as error:
@@ -285,6 +296,8 @@ def clip_grads_with_norm_(
     if is_dynamo_compiling():
         return compiled.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     parameters = _as_sequence(parameters, "parameters")
+    if isinstance(max_norm, ThresholdPolicy):
+        max_norm = max_norm.follow(total_norm.full_tensor() if distributed.is_dtensor(total_norm) else total_norm)
     if watching.watchers and (recording := watching.begin(parameters)):
         recording.measure()
         recording.finish(total_norm, max_norm)
@@ -332,7 +345,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float | Tensor, foreach: b
             reason = distributed.clip_grad_value_(parameters, clip_value)
             if reason is None:
                 return
-    elif all(p.grad is None for p in ([parameters] if isinstance(parameters, Tensor) else parameters)):
+    elif not _gradients_of(parameters):
         return
     count_fallback(reason)
     _torch_functions.clip_grad_value_(parameters, clip_value, foreach)

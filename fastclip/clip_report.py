@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastclip import _torch_functions
 from fastclip._native import _C
+from fastclip.policies import ThresholdPolicy
 
 # What the argument may be, and what ClipReport.action calls it where it was done.
 POLICIES = {"propagate": "propagated", "skip": "skipped", "zero": "zeroed"}
@@ -162,20 +163,28 @@ def scale_by_torch(
 
 def clip_by_torch(
     parameters: Sequence[Tensor],
-    max_norm: float | Tensor,
+    max_norm: float | Tensor | ThresholdPolicy,
     norm_type: float,
     error_if_nonfinite: bool,
     foreach: bool | None,
     nonfinite: str | None,
 ) -> Tensor:
-    """``clip_grad_norm_`` through torch's functions, for what no kernel does. With a policy it waits for the device."""
-    if nonfinite is None:
+    """``clip_grad_norm_`` through torch's functions, for what no kernel does. With ``nonfinite`` it waits for the device."""
+    follows = isinstance(max_norm, ThresholdPolicy)
+    if nonfinite is None and not follows:
         with naming_the_first_bad("parameters", parameters):
             return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     grads = [p.grad for p in parameters]
     own = [grad for grad in grads if grad is not None]
-    norm = _torch_functions.get_total_norm(own, norm_type, False, foreach)
-    total_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    with naming_the_first_bad("parameters", parameters):
+        norm = _torch_functions.get_total_norm(own, norm_type, error_if_nonfinite and nonfinite is None, foreach)
+    plain = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if follows:
+        max_norm = max_norm.follow(plain) if own else math.inf
+    if nonfinite is None:
+        _torch_functions.clip_grads_with_norm_(parameters, max_norm, norm, foreach)
+        return norm
+    total_norm = float(plain)
     remember(
         known(total_norm, max_norm, "skip" if error_if_nonfinite else nonfinite, grads), nonfinite, error_if_nonfinite
     )

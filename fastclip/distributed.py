@@ -24,6 +24,7 @@ from torch import Tensor
 from fastclip import _torch_functions, clip_report
 from fastclip._native import _C, NOT_BUILT
 from fastclip.counters import count_fallback
+from fastclip.policies import ThresholdPolicy
 from fastclip.statistics import COLUMNS, GradStatistics, by_torch
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def clip_grad_norm_(
         return reason
     max_norm = _full(max_norm)
     norm, unrounded = grads.total_norm(norm_type, error_if_nonfinite and nonfinite is None, given, statistics)
+    if isinstance(max_norm, ThresholdPolicy):
+        max_norm = max_norm.follow(unrounded)
     if nonfinite is not None:
         report = grads.report_on(max_norm, unrounded, norm, "skip" if error_if_nonfinite else nonfinite)
         clip_report.remember(report, nonfinite, error_if_nonfinite)

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from fastclip import clip, clip_report, watching
 from fastclip._native import _C
 from fastclip.counters import count_fallback
+from fastclip.policies import ThresholdPolicy, in_force
 from fastclip.statistics import COLUMNS, GradStatistics
 from fastclip.statistics import by_torch as statistics_by_torch
 
@@ -22,7 +23,7 @@ from fastclip.statistics import by_torch as statistics_by_torch
 # where the other is 1.
 AMP_ATTRIBUTES = "grad_scale", "found_inf"
 
-Threshold = float | Tensor | Callable[[int], float | Tensor]
+Threshold = float | Tensor | ThresholdPolicy | Callable[[int], float | Tensor]
 
 
 class _StepLeftOut(Exception):
@@ -85,7 +86,7 @@ class StepClipping:
         norm, max_norm = self.last
         if norm is None:
             return None
-        coef = (max_norm / (norm + 1e-6)).clamp(max=1)
+        coef = (in_force(max_norm) / (norm + 1e-6)).clamp(max=1)
         if self.nonfinite not in ("skip", "zero"):
             return coef
         return torch.where(norm.isfinite(), coef, 1.0 if self.nonfinite == "skip" else 0.0)
@@ -148,7 +149,7 @@ class StepClipping:
         if recording:
             has_one_norm = not any("max_norm" in group for group in self.optimizer.param_groups)
             total_norm, max_norm = self.last if has_one_norm else (None, None)
-            recording.finish(total_norm, max_norm, self.norm_type, grad_scale)
+            recording.finish(total_norm, in_force(max_norm), self.norm_type, grad_scale)
 
     def _clip_unwatched(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool | None:
         if self.clip_value is not None and not self._has_own_thresholds():
@@ -280,13 +281,14 @@ class StepClipping:
         with torch.no_grad():
             norm = clip.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
             norm = _plain(norm)
-            self.last = norm if grad_scale is None else norm / grad_scale, max_norm
+            norm = norm if grad_scale is None else norm / grad_scale
+            if isinstance(max_norm, ThresholdPolicy):
+                max_norm = max_norm.follow(norm)
+            self.last = norm, max_norm
             if self.nonfinite is not None:
-                self.found_inf = self.last[0].isfinite().logical_not().float()
+                self.found_inf = norm.isfinite().logical_not().float()
                 grads = [p.grad for p in parameters]
-                clip_report.remember(
-                    clip_report.known(self.last[0].item(), max_norm, self.nonfinite, grads), self.nonfinite
-                )
+                clip_report.remember(clip_report.known(norm.item(), max_norm, self.nonfinite, grads), self.nonfinite)
             scale: Any = 1 if grad_scale is None else grad_scale
             return (scale / self.last_clip_coef).float()
 
@@ -412,9 +414,9 @@ def _plain(norm: Tensor) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def number(value: Any, argument: str) -> float | Tensor:
+def number(value: Any, argument: str) -> float | Tensor | ThresholdPolicy:
     """A threshold, if it is one. A tensor is not looked at: that might wait for a device."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, ThresholdPolicy)):
         return value
     is_number = type(value) is float or isinstance(value, numbers.Real)  # which takes 0.4 us
     if not is_number:

@@ -133,6 +133,7 @@ class Part {
     job.task = Task::Decide;
     job.finds_bad = true;
     job.parts = nullptr;
+    job.policy = nullptr;  // follows a norm once
     launch(job, table_, blocks_, stream);
   }
 
@@ -188,11 +189,21 @@ class Part {
       reduce(job.norm_type);
       if (finds_bad_) find_bad(job);
       job.parts = nullptr;
+      if (job.policy) decide(job);
       return scale(job);
     }
     job.task = Task::ReduceThenScale;
     job.finds_bad = finds_bad_;
     launch(job, table_, blocks_, stream);
+  }
+
+  // Lets the policy decide, for all launches that follow.
+  void decide(Job& job) const {
+    Job alone = job;
+    alone.task = Task::Decide;
+    launch(alone, table_, 1, stream);
+    job.policy = nullptr;
+    job.source = Source::Coef;
   }
 
   // Scales the gradients that are flat memory. The coefficient comes from job.source.
@@ -388,6 +399,10 @@ struct Call {
   int64_t bad_row_of_cpu = -1;  // as ClipReport has it
 };
 
+double* state_of(const Threshold& threshold) {
+  return threshold.policy.defined() ? threshold.policy.mutable_data_ptr<double>() : nullptr;
+}
+
 // A number as a kernel on `device` reads it. A copy of it, if one has to be made, is kept in `kept`.
 Operand operand(const Number& number, c10::Device device, std::vector<at::Tensor>& kept) {
   if (!number.tensor.defined()) return {number.value, nullptr, DType::F64};
@@ -428,8 +443,8 @@ at::Tensor get_total_norm(Gradients& grads, NormType type, bool error_if_nonfini
   return norm;
 }
 
-static at::Tensor clip_led_by_host(Call& call, Gradients& grads, double max_norm, NormType type, at::Tensor* statistics,
-                                   ClipReport* report) {
+static at::Tensor clip_led_by_host(Call& call, Gradients& grads, const Threshold& max_norm, NormType type,
+                                   at::Tensor* statistics, ClipReport* report) {
   const double total_norm = call.norm_here(type), returned_norm = rounded(total_norm, call.dtype);
   if (statistics) *statistics = call.statistics();
   at::Tensor result = number_tensor(returned_norm, call.dtype);
@@ -440,19 +455,20 @@ static at::Tensor clip_led_by_host(Call& call, Gradients& grads, double max_norm
   return result;
 }
 
-at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType type, Nonfinite nonfinite,
+at::Tensor clip_grad_norm(Gradients& grads, const Threshold& max_norm, NormType type, Nonfinite nonfinite,
                           at::Tensor* statistics, ClipReport* report) {
   Call call(grads, {.reduces = true,
                     .writes = true,
                     .examines = statistics != nullptr,
                     .finds_bad = report != nullptr,
                     .nonfinite = nonfinite});
-  if (call.host_leads) return clip_led_by_host(call, grads, max_norm.here(), type, statistics, report);
+  if (call.host_leads) return clip_led_by_host(call, grads, max_norm, type, statistics, report);
 
   std::vector<at::Tensor> kept;
   call.gather(type);
   Job job = norm_job(call, type);
   job.max_norm = operand(max_norm, call.lead().group.device, kept);
+  job.policy = state_of(max_norm);
   call.lead().reduce_then_scale(job);
   at::Tensor norm = call.lead().norm(call.dtype);
   if (statistics) *statistics = call.statistics();
@@ -464,8 +480,8 @@ at::Tensor clip_grad_norm(Gradients& grads, const Number& max_norm, NormType typ
   return norm;
 }
 
-Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, const Number& grad_scale, bool in_place,
-                      Nonfinite nonfinite, at::Tensor* statistics, ClipReport* report) {
+Prepared prepare_step(Gradients& grads, const Threshold& max_norm, NormType type, const Number& grad_scale,
+                      bool in_place, Nonfinite nonfinite, at::Tensor* statistics, ClipReport* report) {
   Call call(grads, {.reduces = true,
                     .writes = in_place,
                     .examines = statistics != nullptr,
@@ -474,7 +490,7 @@ Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, c
   if (call.host_leads) {
     const double norm = call.norm_here(type), scaled_by = grad_scale.here();
     if (statistics) *statistics = call.statistics();
-    const double factor = step_factor(max_norm.here(), norm, scaled_by, call.dtype, nonfinite);
+    const double factor = step_factor(max_norm, norm, scaled_by, call.dtype, nonfinite);
     if (report) {
       const at::Tensor returned = number_tensor(norm / scaled_by, call.dtype);
       call.tell(*report, grads, returned, number_tensor(factor * scaled_by, at::kDouble));
@@ -487,6 +503,7 @@ Prepared prepare_step(Gradients& grads, const Number& max_norm, NormType type, c
   call.gather(type);
   Job job = norm_job(call, type);
   job.max_norm = operand(max_norm, call.lead().group.device, kept);
+  job.policy = state_of(max_norm);
   job.grad_scale = operand(grad_scale, call.lead().group.device, kept);
   job.spare_found_inf = in_place;
   if (in_place) {
@@ -541,6 +558,18 @@ void report_on(Gradients& grads, const Number& max_norm, const Number& total_nor
   }
   if (call.cpu && !std::isfinite(total_norm.here())) call.bad_row_of_cpu = first_nonfinite(*call.cpu);
   call.tell(report, grads, call.lead().norm(at::kDouble), call.lead().coef());
+}
+
+void follow_norm(const at::Tensor& policy, const at::Tensor& total_norm) {
+  std::vector<at::Tensor> kept;
+  Job job{};
+  job.task = Task::Decide;
+  job.source = Source::TotalNorm;
+  job.norm_is_f64 = true;
+  job.grad_scale.value = 1;
+  job.total_norm = operand({0, total_norm}, policy.device(), kept);
+  job.policy = policy.mutable_data_ptr<double>();
+  launch(job, PackedTable(0), 1, c10::cuda::getCurrentCUDAStream(policy.device().index()));
 }
 
 void clip_grad_value(Gradients& grads, double clip_value) {

@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 
 #include "../clip_math.h"
+#include "../policy.h"
 #include "job.h"
 
 namespace fastclip::cuda {
@@ -822,15 +823,39 @@ __device__ void find_nonfinite(const Job& job, const Entry* entries) {
 
 // ---- the kernel ----
 
+// The norm that the user gets, unrounded as long as it is finite when rounded.
+__device__ double unscaled_norm(const Job& job, double total_norm) {
+  total_norm /= read(job.grad_scale);
+  const double returned = job.norm_is_f64 ? total_norm : static_cast<float>(total_norm);
+  return isfinite(returned) ? total_norm : returned;
+}
+
+// The threads of a block, as policy.h has a team.
+struct Block {
+  __device__ int size() const { return kThreads; }
+  __device__ int rank() const { return threadIdx.x; }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ int count(bool holds) const { return __syncthreads_count(holds); }
+};
+
+// Lets the policy follow the norm that thread 0 has; the threshold is in its state then.
+__device__ __noinline__ void follow_in_block(const Job& job, double total_norm) {
+  __shared__ double norm;
+  if (threadIdx.x == 0) norm = unscaled_norm(job, total_norm);
+  __syncthreads();
+  follow(Block(), job.policy, norm);
+}
+
 // For thread 0: the coefficient. Block 0 leaves the norm and the coefficient behind.
 __device__ double decide(const Job& job, double total_norm) {
   if (job.source == Source::Coef) return job.results->coef;
   const bool found_inf = !isfinite(total_norm);
   const double grad_scale = read(job.grad_scale);
-  total_norm /= grad_scale;
-  const double returned = job.norm_is_f64 ? total_norm : static_cast<float>(total_norm);
   // Where the user gets inf, torch's results hold: everything finite becomes 0, what was infinite NaN.
-  double coef = clip_coef(read(job.max_norm), isfinite(returned) ? total_norm : returned, job.nonfinite) / grad_scale;
+  total_norm = unscaled_norm(job, total_norm);
+  const double returned = job.norm_is_f64 ? total_norm : static_cast<float>(total_norm);
+  const double max_norm = job.policy ? reinterpret_cast<PolicyHead*>(job.policy)->threshold : read(job.max_norm);
+  double coef = clip_coef(max_norm, total_norm, job.nonfinite) / grad_scale;
   if (job.spare_found_inf && found_inf) coef = 1;
   if (blockIdx.x == 0 && job.results) {
     Results& results = *job.results;
@@ -882,10 +907,19 @@ __device__ void run(const Job& job, const Entry* entries) {
   } else if (job.source == Source::TotalNorm) {
     total_norm = read(job.total_norm);
   }
+  // The other blocks wait for block 0, which lets a policy follow the norm for all of them.
+  const bool decides = !job.policy || blockIdx.x == 0;
   __shared__ double shared_coef;
   __shared__ bool shared_finds_bad;
-  if (threadIdx.x == 0)
-    shared_coef = decide(job, total_norm), shared_finds_bad = job.finds_bad && !isfinite(total_norm);
+  if (job.policy && decides) follow_in_block(job, total_norm);
+  if (threadIdx.x == 0) {
+    if (decides) shared_coef = decide(job, total_norm);
+    shared_finds_bad = job.finds_bad && !isfinite(total_norm);
+  }
+  if (job.policy && job.task == Task::ReduceThenScale) {
+    cooperative_groups::this_grid().sync();
+    if (threadIdx.x == 0 && !decides) shared_coef = __ldcg(&job.results->coef);
+  }
   __syncthreads();
   const double coef = shared_coef;
   if (shared_finds_bad) find_nonfinite(job, entries);

@@ -100,6 +100,7 @@ struct Job {
   WarpPart* parts;            // null where no statistics are wanted, and
   StatisticsRow* statistics;  // what becomes of them: one a gradient
   Operand max_norm, total_norm;
+  double* policy;      // null, or what makes the threshold of the norm: one block evaluates it, for all
   Operand grad_scale;  // what the gradients are still multiplied by, and will be divided by
   double clip_value;
 };

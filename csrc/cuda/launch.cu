@@ -49,6 +49,15 @@ void launch_kernel(const void* kernel, Job job, const void* table, int blocks, c
     job.task = Task::Rows;
     launch_plain(kernel, blocks, args, stream);
   }
+  if (job.policy && whole != Task::Norm) {
+    Job decision = job;
+    decision.task = Task::Decide;
+    void* decision_args[] = {&decision, const_cast<void*>(table)};
+    launch_plain(kernel, job.finds_bad ? blocks : 1, decision_args, stream);
+    job.policy = nullptr;
+    job.finds_bad = false;
+    job.source = Source::Coef;
+  }
   job.task = whole == Task::Norm ? Task::Decide : Task::Scale;
   launch_plain(kernel, whole == Task::Norm && !job.finds_bad ? 1 : blocks, args, stream);
 }

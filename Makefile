@@ -2,6 +2,7 @@
 # make bench   the same, then measures fastclip against torch
 # make gpu     builds for the card at hand, tests over CUDA, compute-sanitizer, benchmark (PYTHON: one with torch)
 # make lint    ruff and clang-format, without changing anything
+# make matrix  builds and tests with the oldest and the newest torch and Python, each in an environment of its own
 # make docs-figures  puts the figures of benchmarks/results into README.md and docs
 #
 # PYTHON=…     the Python to start from (python3)
@@ -18,7 +19,7 @@ test: export OMP_WAIT_POLICY = passive
 PREPARED = py="$$($(PYTHON) tools/prepare.py)" && "$$py" -m
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: test bench gpu docs-figures lint
+.PHONY: test bench gpu matrix docs-figures lint
 test:
 	@$(PREPARED) pytest $(ARGS)
 
@@ -30,6 +31,9 @@ docs-figures:
 
 gpu:
 	@PYTHON=$(PYTHON) tools/gpu.sh $(ARGS)
+
+matrix:
+	@$(PYTHON) tools/matrix.py $(ARGS)
 
 lint:
 	@$(PREPARED) ruff check .

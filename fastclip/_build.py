@@ -162,7 +162,13 @@ def mismatch(extension: Path) -> str | None:
     record = read_record(extension)
     if record is None:
         return f"{extension} has no record of what it was built for"
-    names = {"fastclip": "fastclip", "torch": "torch", "torch_cuda": "CUDA", "cxx11_abi": "C++11 ABI", "python": "Python"}
+    names = {
+        "fastclip": "fastclip",
+        "torch": "torch",
+        "torch_cuda": "CUDA",
+        "cxx11_abi": "C++11 ABI",
+        "python": "Python",
+    }
     for key, here in target().items():
         if record.get(key) != here:
             return f"{extension} was built for {names[key]} {record.get(key)}, this is {names[key]} {here}"

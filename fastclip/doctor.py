@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -36,7 +37,7 @@ def examine() -> dict:
             "missing_because": info["missing_because"],
             "compiler": info["compiler"],
             "cuda": info["cuda"],
-            "built_for": _build.read_record(_build.Path(info["extension"])) if info["extension"] else None,
+            "built_for": _build.read_record(Path(info["extension"])) if info["extension"] else None,
         },
         "cpu": {
             "kernels": info["cpu_kernels"],
@@ -86,7 +87,9 @@ def _check(device: str, dtype: torch.dtype, case: str, factor: float) -> str | N
     if fastclip.counters()["native"] != native + 1:
         return "expected a native call, torch's function did it"
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    if not torch.allclose(got.double(), torch.tensor(norm).double(), rtol=tolerance, atol=0, equal_nan=True):
+    if not torch.allclose(
+        got.double(), torch.tensor(norm, dtype=torch.float64), rtol=tolerance, atol=0, equal_nan=True
+    ):
         return f"expected the norm {norm}, got {got.item()}"
     rounding = torch.finfo(dtype).eps
     for index, (parameter, grad) in enumerate(zip(parameters, before, strict=True)):

@@ -88,7 +88,12 @@ def inputs_of_the_build() -> dict:
 def build() -> None:
     inputs = inputs_of_the_build()
     built = list((ROOT / "fastclip").glob("_C*.so"))  # each with a record of what it was built for
-    if built and all(Path(f"{path}.json").exists() for path in built) and STAMP.exists() and json.loads(STAMP.read_text()) == inputs:
+    if (
+        built
+        and all(Path(f"{path}.json").exists() for path in built)
+        and STAMP.exists()
+        and json.loads(STAMP.read_text()) == inputs
+    ):
         return
     say("Building the extension (half a minute, with CUDA two) ...")
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]

@@ -57,8 +57,7 @@ class BuildOrExplain(build_ext):
         except Exception as error:
             if os.environ.get("FASTCLIP_REQUIRE_NATIVE") == "1":
                 raise
-            # An extension that cannot be made is none: what comes after the build would look for its file.
-            self.extensions = self.distribution.ext_modules = []
+            self.extensions = []  # what comes after the build would look for the file
             print(
                 f"\nWARNING: fastclip is installed without its native code ({type(error).__name__}: {error}).\n"
                 "It works through torch's own functions. For the fast path install torch, a C++ compiler and ninja, "

@@ -1,4 +1,4 @@
-"""The command line, ``python -m fastclip``: ``run`` any program on fastclip, ``build`` the extension, ask ``doctor``."""
+"""The command line, ``python -m fastclip``: ``run`` a program on fastclip, ``build`` the extension, ask ``doctor``."""
 
 import argparse
 import importlib.util

@@ -70,7 +70,8 @@ else:
             stacklevel=3,
         )
     else:
-        _C.kernels()  # chosen here, once: a FASTCLIP_CPU that names no instruction set of this processor ends the import
+        # Chosen here, once: a FASTCLIP_CPU that names no instruction set of this processor ends the import.
+        _C.kernels()
 
 
 def build_info() -> dict:

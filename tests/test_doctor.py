@@ -11,7 +11,11 @@ from fastclip import doctor
 from fastclip._native import _C
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
-COMMAND = "import runpy, sys; sys.argv[:] = ['fastclip', 'doctor', *sys.argv[1:]]; runpy.run_module('fastclip', run_name='__main__')"
+COMMAND = """
+import runpy, sys
+sys.argv[:] = ["fastclip", "doctor", *sys.argv[1:]]
+runpy.run_module("fastclip", run_name="__main__")
+"""
 
 
 def test_all_is_well(isa, monkeypatch):

@@ -71,14 +71,14 @@ def prepare(torch: str, version: str, folder: Path, pip_arguments: list[str]) ->
         try:
             run(log, python, "-m", "pip", "install", "-q", *pip_arguments, f"torch=={torch}", *TOOLS)
         except RuntimeError as error:
-            raise Missing(f"torch {torch} for Python {version} cannot be installed: {last_line(log)}") from error
+            raise Missing(f"torch {torch} for Python {version} cannot be installed: {first_error(log)}") from error
         (folder / "ready").touch()
     return python
 
 
-def last_line(log: Path) -> str:
+def first_error(log: Path) -> str:
     lines = [line for line in log.read_text().splitlines() if line.startswith("ERROR")]
-    return lines[-1] if lines else f"see {log}"
+    return lines[0] if lines else f"see {log}"
 
 
 def try_pair(pair: str, pip_arguments: list[str]) -> str:

@@ -3,6 +3,7 @@
 # make gpu     builds for the card at hand, tests over CUDA, compute-sanitizer, benchmark (PYTHON: one with torch)
 # make lint    ruff, clang-format and mypy, without changing anything
 # make docs    the documentation as a site, into build/site
+# make matrix  builds and tests with the oldest and the newest torch and Python, each in an environment of its own
 # make docs-figures  puts the figures of benchmarks/results into README.md and docs
 #
 # PYTHON=…     the Python to start from (python3)
@@ -19,7 +20,7 @@ test: export OMP_WAIT_POLICY = passive
 PREPARED = py="$$($(PYTHON) tools/prepare.py)" && "$$py" -m
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: test bench gpu docs docs-figures lint
+.PHONY: test bench gpu matrix docs docs-figures lint
 test:
 	@$(PREPARED) pytest $(ARGS)
 
@@ -35,6 +36,9 @@ docs-figures:
 
 gpu:
 	@PYTHON=$(PYTHON) tools/gpu.sh $(ARGS)
+
+matrix:
+	@$(PYTHON) tools/matrix.py $(ARGS)
 
 lint:
 	@$(PREPARED) ruff check .

@@ -1,8 +1,10 @@
-"""The command line: ``python -m fastclip run [-m] program [arguments]`` runs any program on fastclip."""
+"""The command line, ``python -m fastclip``: ``run`` a program on fastclip, ``build`` the extension, ask ``doctor``."""
 
 import argparse
 import importlib.util
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,26 +17,53 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastclip", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastclip", description="Gradient clipping for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
-    run_parser = commands.add_parser("run", help="run a program with fastclip under torch.nn.utils")
-    run_parser.add_argument("-m", dest="is_module", action="store_true", help="the program is a module's name")
-    run_parser.add_argument("--monitor", metavar="PAGE.html", type=_page, help="watch the gradients: findings, a page")
-    run_parser.add_argument("--every", metavar="K", type=int, default=1, help="watch every K-th step only")
-    run_parser.add_argument(
+    for add in (_add_run, _add_build, _add_doctor):
+        add(commands)
+    options = parser.parse_args()
+    options.call(options)
+
+
+def _add_run(commands) -> None:
+    parser = commands.add_parser("run", help="run a program with fastclip under torch.nn.utils")
+    parser.add_argument("-m", dest="is_module", action="store_true", help="the program is a module's name")
+    parser.add_argument("--monitor", metavar="PAGE.html", type=_page, help="watch the gradients: findings, a page")
+    parser.add_argument("--every", metavar="K", type=int, default=1, help="watch every K-th step only")
+    parser.add_argument(
         "--activations", action=argparse.BooleanOptionalAction, default=True, help="watch saturation, with --monitor"
     )
-    run_parser.add_argument("program")
-    run_parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    options = parser.parse_args()
-    if options.every < 1:
-        run_parser.error(f"argument --every: expected at least 1, got {options.every}")
-    monitoring = None
-    if options.monitor:
-        from fastclip.health.unattended import Monitoring
+    parser.add_argument("program")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
-        monitoring = Monitoring(options.monitor, every=options.every, activations=options.activations)
-    run(options.program, options.arguments, options.is_module, monitoring)
+    def call(options: argparse.Namespace) -> None:
+        if options.every < 1:
+            parser.error(f"argument --every: expected at least 1, got {options.every}")
+        monitoring = None
+        if options.monitor:
+            from fastclip.health.unattended import Monitoring
+
+            monitoring = Monitoring(options.monitor, every=options.every, activations=options.activations)
+        run(options.program, options.arguments, options.is_module, monitoring)
+
+    parser.set_defaults(call=call)
+
+
+def _add_build(commands) -> None:
+    parser = commands.add_parser("build", help="compile the extension for the torch that is installed")
+    parser.set_defaults(call=lambda options: sys.exit(build()))
+
+
+def _add_doctor(commands) -> None:
+    parser = commands.add_parser("doctor", help="show versions, test every device, say what to do; exit 1 on a problem")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+
+    def call(options: argparse.Namespace) -> None:
+        from fastclip import doctor
+
+        sys.exit(doctor.main(options.json))
+
+    parser.set_defaults(call=call)
 
 
 def run(program: str, arguments: list[str], is_module: bool, monitoring: "Monitoring | None" = None) -> None:
@@ -52,6 +81,20 @@ def run(program: str, arguments: list[str], is_module: bool, monitoring: "Monito
             if monitoring is not None:
                 monitoring.finish()
             print(_summary(), file=sys.stderr)
+
+
+def build() -> int:
+    """Compiles the extension in a process of its own, since one that is loaded already cannot be loaded again."""
+    code = "from fastclip import _build; print(f'fastclip: built {_build.build()}')"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "FASTCLIP_FORCE": "torch"})
+    if done.returncode:
+        print(
+            "fastclip: the extension could not be built, see above. It needs a C++17 compiler (Debian: g++), ninja "
+            "(pip install ninja), Python's headers (Debian: python3-dev) and, for the CUDA part, nvcc; "
+            "FASTCLIP_CUDA=0 leaves that out.",
+            file=sys.stderr,
+        )
+    return done.returncode
 
 
 def _page(path: str) -> Path:

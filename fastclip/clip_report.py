@@ -169,7 +169,7 @@ def clip_by_torch(
     foreach: bool | None,
     nonfinite: str | None,
 ) -> Tensor:
-    """``clip_grad_norm_`` through torch's functions, for what no kernel does. With ``nonfinite`` it waits for the device."""
+    """``clip_grad_norm_`` through torch's functions, for what no kernel does. ``nonfinite`` waits for the device."""
     follows = isinstance(max_norm, ThresholdPolicy)
     if nonfinite is None and not follows:
         with naming_the_first_bad("parameters", parameters):

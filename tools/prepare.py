@@ -75,7 +75,7 @@ def fill_venv() -> None:
 
 def inputs_of_the_build() -> dict:
     """Everything that decides what the extension is."""
-    sources = [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))]
+    sources = [ROOT / "setup.py", ROOT / "fastclip" / "_build.py", *sorted((ROOT / "csrc").rglob("*.*"))]
     digest = hashlib.sha256()
     for source in sources:
         digest.update(str(source.relative_to(ROOT)).encode() + b"\0" + source.read_bytes())
@@ -89,8 +89,13 @@ def inputs_of_the_build() -> dict:
 
 def build() -> None:
     inputs = inputs_of_the_build()
-    built = list((ROOT / "fastclip").glob("_C*.so"))
-    if built and STAMP.exists() and json.loads(STAMP.read_text()) == inputs:
+    built = list((ROOT / "fastclip").glob("_C*.so"))  # each with a record of what it was built for
+    if (
+        built
+        and all(Path(f"{path}.json").exists() for path in built)
+        and STAMP.exists()
+        and json.loads(STAMP.read_text()) == inputs
+    ):
         return
     say("Building the extension (half a minute, with CUDA two) ...")
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]

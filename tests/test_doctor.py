@@ -1,0 +1,70 @@
+"""python -m fastclip doctor: what it shows, that its self-test finds wrong results, and its exit status."""
+
+import json
+
+import pytest
+import torch
+from support import run_python
+
+import fastclip
+from fastclip import doctor
+from fastclip._native import _C
+
+pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
+COMMAND = """
+import runpy, sys
+sys.argv[:] = ["fastclip", "doctor", *sys.argv[1:]]
+runpy.run_module("fastclip", run_name="__main__")
+"""
+
+
+def test_all_is_well(isa, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    result = doctor.examine()
+    assert result["problems"] == [] and result["self_test"] == {"cpu": []}
+    assert result["cpu"]["kernels"] == isa and result["versions"]["torch"] == torch.__version__
+    assert result["extension"]["built_for"]["torch"] == torch.__version__
+    text = doctor.as_text(result)
+    assert "self-test  cpu: 16 of 16 right" in text and text.endswith("\nall is well")
+
+
+def test_on_a_cuda_device(cuda_device):
+    assert doctor.self_test("cuda:0") == []
+
+
+WRONG = {
+    "norm": lambda parameters, norm: norm * (1 + 1e-5),
+    "gradients": lambda parameters, norm: parameters[-1].grad.mul_(1.01) is None or norm,
+    "native": lambda parameters, norm: fastclip.reset_counters() or norm,
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("norm", "norm"), ("gradients", "gradient 3"), ("native", "native call")]
+)
+def test_wrong_results_are_found(monkeypatch, capsys, what, message):
+    real = fastclip.clip_grad_norm_
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(fastclip, "clip_grad_norm_", lambda p, max_norm: WRONG[what](p, real(p, max_norm)))
+    assert doctor.main(as_json=False) == 1
+    printed = capsys.readouterr().out
+    assert "PROBLEM: wrong results on cpu: float32 clipped: expected " in printed and message in printed
+    assert "what to do: build anew: " in printed
+
+
+def test_a_device_without_the_cuda_part(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(doctor, "_driver", lambda: "13.0")
+    monkeypatch.setattr(fastclip, "build_info", lambda real=fastclip.build_info: {**real(), "cuda": None})
+    result = doctor.examine()
+    (problem,) = result["problems"]
+    assert "without its CUDA part" in problem["problem"] and "FASTCLIP_CUDA=1 " in problem["remedy"]
+    assert result["cuda"] == {"cuda:0": "a card"} and list(result["self_test"]) == ["cpu"]
+
+
+def test_the_command():
+    done = run_python(COMMAND, "--json", env={"FASTCLIP_FORCE": "torch"})
+    result = json.loads(done.stdout)
+    assert done.returncode == 1 and result["environment"]["FASTCLIP_FORCE"] == "torch"
+    assert result["problems"][0]["remedy"] == "unset FASTCLIP_FORCE" and result["self_test"] == {}

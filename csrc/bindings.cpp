@@ -135,8 +135,10 @@ void collect(Gradients& grads, PyObject* list, Items items) {
         const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
         if (grad.defined()) {
           grads.add(grad.unsafeGetTensorImpl(), argument_name(items), i);
-        } else if (tensor.requires_grad()) {
-          tensor.grad();  // for torch's warning when the tensor is not a leaf
+        } else if (tensor.requires_grad() && !tensor.is_leaf()) {
+          // Python's attribute gives torch's warning, which may be an error, here and not when all has been written.
+          grads.own_all();
+          add_by_attribute(grads, item, items, i);
         }
       }
     } else {

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-import torch
+import torch  # noqa: E402
 
-import fastclip
+import fastclip  # noqa: E402
 
 MOST_GROWTH = 2048  # KB of memory in use; the allocator's own noise is about 500
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -6,6 +6,7 @@ List number i has the seed S + i, and is run with one of the processor's instruc
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import subprocess
@@ -62,7 +63,7 @@ def main() -> int:
     blocks = max(1, lists // 100_000)  # a new process takes as long as 5,000 lists
     bounds = [start + lists * i // blocks for i in range(blocks + 1)]
     jobs = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         for number, name in enumerate(sets):
             first = low + (number - low) % len(sets)
             if first < high:

@@ -1,6 +1,9 @@
 # make test    sets up what is missing, builds, runs the tests
 # make bench   the same, then measures fastclip against torch
 # make gpu     builds for the card at hand, tests over CUDA, compute-sanitizer, benchmark (PYTHON: one with torch)
+# make fuzz    clips 20,000 random lists and compares with float64: N=1000000 for more, SEED=… repeats one that failed
+# make sanitize  builds the CPU part with sanitizers, runs tests under them (ARGS=--program, --quick: parts)
+# make soak    100,000 calls with models that change: nothing may grow (N=…)
 # make lint    ruff and clang-format, without changing anything
 # make docs-figures  puts the figures of benchmarks/results into README.md and docs
 #
@@ -18,7 +21,7 @@ test: export OMP_WAIT_POLICY = passive
 PREPARED = py="$$($(PYTHON) tools/prepare.py)" && "$$py" -m
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: test bench gpu docs-figures lint
+.PHONY: test bench gpu docs-figures fuzz sanitize soak lint
 test:
 	@$(PREPARED) pytest $(ARGS)
 
@@ -27,6 +30,15 @@ bench:
 
 docs-figures:
 	@$(PREPARED) benchmarks.docs_figures $(ARGS)
+
+fuzz:
+	@py="$$($(PYTHON) tools/prepare.py)" && "$$py" tests/fuzz $(if $(N),--lists $(N)) $(if $(SEED),--seed $(SEED))
+
+sanitize:
+	@py="$$($(PYTHON) tools/prepare.py)" && tools/sanitize.sh "$$py" $(ARGS)
+
+soak:
+	@py="$$($(PYTHON) tools/prepare.py)" && OMP_WAIT_POLICY=passive "$$py" tests/soak.py $(if $(N),--calls $(N))
 
 gpu:
 	@PYTHON=$(PYTHON) tools/gpu.sh $(ARGS)

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Builds the CPU part with sanitizers and runs tests under them: tools/sanitize.sh PYTHON [--quick | pytest arguments]
+# Builds the CPU part with sanitizers and runs tests under them: tools/sanitize.sh PYTHON [--program | --quick]
 #
 # address   AddressSanitizer and UndefinedBehaviorSanitizer: the extension, under the Python tests and random lists
 # thread    ThreadSanitizer: the backend in a C++ program of its own. Python's torch brings an OpenMP runtime that the
 #           sanitizer cannot see into: each of its barriers would be reported as a race, and hide the real ones.
+#
+# --program  only the C++ program, which needs no torch: one minute
+# --quick    the extension with fewer tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
-shift
+what=${2:-}
 tests=(tests/test_{clip,norm,value,statistics,errors,hazards,semantics,properties,threads,fallback,optim,table}.py)
 lists=3000
-if [ "${1:-}" = --quick ]; then # a part that fits into three minutes
-    shift
+if [ "$what" = --quick ]; then
     tests=(tests/test_{clip,value,errors,hazards,statistics}.py)
     lists=1000
 fi
@@ -26,6 +28,8 @@ for sanitizer in "thread" "address $undefined"; do
     echo "$program"
     "$program"
 done
+
+[ "$what" = --program ] && exit
 
 # The extension, in a copy of the tree: the one in use stays as it is.
 copy=build/sanitize/address
@@ -45,5 +49,5 @@ unset CFLAGS LDFLAGS
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
 export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive PYTHONPATH=.
-"$python" -m pytest -q -p no:cacheprovider "${tests[@]}" --deselect tests/test_threads.py::test_memory "$@"
+"$python" -m pytest -q -p no:cacheprovider "${tests[@]}" --deselect tests/test_threads.py::test_memory
 "$python" tests/fuzz --lists "$lists"

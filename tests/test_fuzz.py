@@ -10,7 +10,7 @@ import fastclip
 
 sys.path.append(str(ROOT / "tests" / "fuzz"))
 
-from checks import run  # noqa: E402
+from checks import run
 
 
 def failures(seeds):

@@ -45,9 +45,9 @@ FASTCLIP_CUDA=0 FASTCLIP_REQUIRE_NATIVE=1 "$python" setup.py --quiet build_ext -
 unset CFLAGS LDFLAGS
 
 # libstdc++ too, or the sanitizer does not find __cxa_throw. Python frees little at its end: no leak check. An
-# allocation that fails is an exception, as it is without the sanitizer.
+# allocation that fails is an exception, and a signal ends the process, as without the sanitizer: tests count on both.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
-ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
+ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_segv=0
 export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive PYTHONPATH=.
 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" --deselect tests/test_threads.py::test_memory
 "$python" tests/fuzz --lists "$lists"

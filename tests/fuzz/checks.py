@@ -83,7 +83,7 @@ def check_scaled(given: GradientList, coef: float) -> None:
     if coef == 1:
         return given.check_untouched()
     given.check_surroundings()
-    if 0 < abs(coef) < 1e-76:  # the documented limit: two factors of float32 cannot express it
+    if 0 < abs(coef) < 1.4e-76:  # the documented limit: two factors of float32 cannot express it
         return None
     if given.is_shared:
         return check_scaled_in_turn(given, coef)

@@ -4,6 +4,9 @@
 # make lint    ruff, clang-format and mypy, without changing anything
 # make docs    the documentation as a site, into build/site
 # make matrix  builds and tests with the oldest and the newest torch and Python, each in an environment of its own
+# make fuzz    clips 20,000 random lists and compares with float64: N=1000000 for more, SEED=… repeats one that failed
+# make sanitize  builds the CPU part with sanitizers, runs tests under them (ARGS=--program, --quick: parts)
+# make soak    100,000 calls with models that change: nothing may grow (N=…)
 # make docs-figures  puts the figures of benchmarks/results into README.md and docs
 #
 # PYTHON=…     the Python to start from (python3)
@@ -20,7 +23,7 @@ test: export OMP_WAIT_POLICY = passive
 PREPARED = py="$$($(PYTHON) tools/prepare.py)" && "$$py" -m
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: test bench gpu matrix docs docs-figures lint
+.PHONY: test bench gpu matrix docs docs-figures fuzz sanitize soak lint
 test:
 	@$(PREPARED) pytest $(ARGS)
 
@@ -33,6 +36,15 @@ docs:
 
 docs-figures:
 	@$(PREPARED) benchmarks.docs_figures $(ARGS)
+
+fuzz:
+	@py="$$($(PYTHON) tools/prepare.py)" && "$$py" tests/fuzz $(if $(N),--lists $(N)) $(if $(SEED),--seed $(SEED))
+
+sanitize:
+	@py="$$($(PYTHON) tools/prepare.py)" && tools/sanitize.sh "$$py" $(ARGS)
+
+soak:
+	@py="$$($(PYTHON) tools/prepare.py)" && OMP_WAIT_POLICY=passive "$$py" tests/soak.py $(if $(N),--calls $(N))
 
 gpu:
 	@PYTHON=$(PYTHON) tools/gpu.sh $(ARGS)

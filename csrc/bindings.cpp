@@ -153,9 +153,12 @@ void collect(Gradients& grads, PyObject* list, Items items, const char* argument
         const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
         if (grad.defined()) {
           grads.add(grad.unsafeGetTensorImpl(), argument, i);
+        } else if (tensor.requires_grad() && !tensor.is_leaf()) {
+          // Python's attribute gives torch's warning, which may be an error, here and not when all has been written.
+          grads.own_all();
+          add_by_attribute(grads, item, items, argument, i);
         } else {
           grads.pass_over(i);
-          if (tensor.requires_grad()) tensor.grad();  // for torch's warning when the tensor is not a leaf
         }
       }
     } else {

@@ -353,7 +353,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float | Tensor, foreach: b
 
 def _parameters_of(given: Tensors) -> Tensor | list | tuple:
     parameters = _as_sequence(given, "parameters")
-    if not len(parameters) and isinstance(given, types.GeneratorType):
+    if parameters is not given and not parameters and isinstance(given, types.GeneratorType):
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=_level_of_caller()
         )

@@ -174,6 +174,8 @@ def test_coefficient_too_small_for_float32(device, size):
     check_clip([large, torch.full((9,), 1e38, device=device).bfloat16()], 1e-5)
     check_clip([large, torch.ones(5, 2, device=device)[:, 0] * 1e37], 1e-3)
     check_clip([torch.full((9,), 1e200, dtype=torch.float64, device=device)], 1e-3)
+    for max_norm in (1e-20, 1e-30, 1e-37):  # a power of two and a rest, both float32
+        check_clip([large, torch.full((9,), 1e38, device=device).bfloat16()], max_norm)
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e30, 1e-4, 1e-10, 1e-30])

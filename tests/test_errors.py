@@ -2,9 +2,11 @@
 
 import decimal
 
+import error_table
 import numpy as np
 import pytest
 import torch
+from conftest import CUDA
 from support import make_parameter, outcome
 
 import fastclip
@@ -19,9 +21,6 @@ CALLS = {
 
 class HasGrad:
     grad = "text"
-
-
-ITEMS = [(None, "NoneType"), (1.0, "float"), ("p", "str"), (np.ones(3), "numpy.ndarray"), ([], "list")]
 
 
 @pytest.fixture(params=CALLS.items(), ids=CALLS.keys())
@@ -41,37 +40,65 @@ def call(request, device):
     return run
 
 
-@pytest.mark.parametrize(("item", "found"), ITEMS, ids=[found for _, found in ITEMS])
-def test_item_that_is_no_tensor(call, item, found):
-    assert call(item) == (TypeError, f"{call.argument}[1]: expected a torch.Tensor, got {found}")
-    other = torch.ones(2) if call.argument == "tensors" else make_parameter(None)
-    assert call(other, other, item) == (TypeError, f"{call.argument}[3]: expected a torch.Tensor, got {found}")
-
-
 def test_grad_that_is_no_tensor(call):
     where, found = ("[1].grad", "str") if call.argument == "parameters" else ("[1]", "HasGrad")
     assert call(HasGrad()) == (TypeError, f"{call.argument}{where}: expected a torch.Tensor, got {found}")
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
-def test_gradient_that_is_not_floating_point(call, dtype):
-    grad = torch.ones(3).to(dtype)
-    item = grad if call.argument == "tensors" else make_parameter(grad)
-    assert call(item) == (TypeError, f"{call.argument}[1]: expected a floating-point gradient, got {dtype}")
+def freed():
+    grad = torch.ones(4)
+    grad.untyped_storage().resize_(0)
+    return grad
 
 
-@pytest.mark.parametrize(("items", "found"), [(5, "int"), (None, "NoneType"), (2.5, "float"), (HasGrad(), "HasGrad")])
-def test_not_iterable(call, items, found):
-    message = f"{call.argument}: expected a torch.Tensor or an iterable of them, got {found}"
-    assert outcome(call.function, items) == (TypeError, message)
+def inference():
+    with torch.inference_mode():
+        return torch.ones(3)
 
 
-def test_mapping_text_and_array(call):
-    name = call.argument
-    assert outcome(call.function, {"w": 1}) == (TypeError, f"{name}[0]: expected a torch.Tensor, got str")
-    assert outcome(call.function, "w") == (TypeError, f"{name}[0]: expected a torch.Tensor, got str")
-    kind, message = outcome(call.function, np.ones(2))
-    assert kind is TypeError and message.startswith(f"{name}[0]: expected a torch.Tensor, got numpy.float64")
+def names(good, function):
+    """What the calls of the table are made of."""
+    model = torch.nn.Linear(2, 2)
+    return {
+        "fastclip": fastclip,
+        "np": np,
+        "torch": torch,
+        "clip": function,
+        "freed": freed,
+        "good": good,
+        "has_grad": HasGrad(),
+        "inference": inference,
+        "model": model,
+        "optimizer": torch.optim.SGD([good], lr=0.1),
+        "with_grad": make_parameter,
+        "with_group_threshold": lambda value: torch.optim.SGD([{"params": [good], "max_norm": value}], lr=0.1),
+    }
+
+
+ROWS = [row for rows in error_table.SECTIONS.values() for row in rows]
+TABLE = [(row, name) for row in ROWS for name in (CALLS if "clip(" in row.call.replace("fastclip", "") else ["-"])]
+
+
+@pytest.mark.parametrize(("row", "name"), TABLE, ids=[f"{row.call}-{name}" for row, name in TABLE])
+@pytest.mark.parametrize("place", ["cpu", *CUDA])
+def test_table(request, place, row, name):
+    if place == "cuda":
+        request.getfixturevalue("cuda_device")
+    grad = torch.full((5,), 3.0, device=place)
+    function, message = CALLS.get(name), row.message
+    good = make_parameter(grad)
+    values = names(good, function)
+    if name == "get_total_norm":
+        message = message.replace("parameters", "tensors")
+        values.update(good=grad, with_grad=lambda grad: grad)
+    got, text = outcome(eval, row.call, values)
+    assert got is row.error, text
+    assert text.startswith(message[:-1]) if message.endswith("…") else text == message
+    assert torch.equal(grad, torch.full((5,), 3.0, device=place)) and grad._version == 0
+
+
+def test_page():
+    assert error_table.PAGE.read_text() == error_table.page(), "python tests/error_table.py writes the page"
 
 
 NUMBERS = [

@@ -177,8 +177,9 @@ def test_containers(device, container, name, args):
 
 
 @clips
-def test_single_tensor(device, name, args):
-    grads = [torch.randn(4, 5, device=device)]
+@pytest.mark.parametrize("shape", [(4, 5), (0,), ()])
+def test_single_tensor(device, name, args, shape):
+    grads = [torch.randn(shape, device=device)]
     want = clone(grads)
     getattr(fastclip, name)(make_parameter(grads[0]), *args)
     getattr(torch.nn.utils, name)(make_parameter(want[0]), *args)
@@ -233,9 +234,11 @@ def test_non_leaf_parameter_warns_as_torch(device):
         with pytest.warns(UserWarning, match="not a leaf Tensor is being accessed") as seen:
             assert module.clip_grad_norm_([x * 2], 1.0).item() == 0
         texts.append(str(seen[0].message).split("(Triggered")[0])
+        grad = torch.full((3,), 10.0, device=device)
         with warnings.catch_warnings(), pytest.raises(UserWarning, match="not a leaf"):
             warnings.simplefilter("error")
-            module.clip_grad_norm_([x * 2], 1.0)
+            module.clip_grad_norm_([make_parameter(grad), x * 2], 1.0)
+        assert grad.eq(10).all()
     assert texts[0] == texts[1]
 
 

@@ -173,7 +173,7 @@ void factors() {
   }
   CHECK(std::isnan(Factors(kNan).first) && Factors(-kInf).first == -kInf);
   // Two factors that float32 represents well, in a product that it would not.
-  for (double coef : {1e-31, 1e-38, 1e-41, 1e-45, -1e-41, 1e-50}) {
+  for (double coef : {1e-31, 1e-38, 1e-41, 1e-45, -1e-41, 1e-50, 1e-57, 1e-65, -1e-70, 1.5e-76}) {
     const Factors split(coef);
     CHECK(split.first * split.second == coef);
     for (double factor : {split.first, split.second}) {

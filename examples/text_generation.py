@@ -128,11 +128,12 @@ class Run:
     model: Callable[[], nn.Module]
     steps: int
     learning_rate: float = 0.5
-    clip_norm: float | Callable[[], Any] = math.inf  # inf: measures only; a callable makes an adaptive threshold
+    clip_norm: float | Callable[[], Any] = math.inf  # inf: measures only; a callable makes a policy, which holds state
     clip_value: float = math.inf
     length: int = 16  # characters in a training sequence
     batch: int = 16  # sequences in a step, all micro-batches together
     accumulate: int = 1  # micro-batches in a step
+    bad_every: int = 0  # in every so many-th step the loss is multiplied by 1,000; 0: never
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
 
 
@@ -189,10 +190,17 @@ RUNS = (
         accumulate=2,
         optimizer=torch.optim.AdamW,
     ),
+    *(
+        Run(name, "spikes", what, lambda: CharLSTM(), 300, 2.0, clip_norm, bad_every=40)
+        for name, what, clip_norm in (
+            ("spikes", "every 40th loss times 1,000, no clipping", math.inf),
+            ("spikes-high", "threshold 10", 10.0),
+            ("spikes-low", "threshold 0.03", 0.03),
+            ("spikes-zclip", "ZClip, nothing chosen", fastclip.ZClip),
+            ("spikes-autoclip", "AutoClip, 90th percentile", lambda: fastclip.AutoClip(90)),
+        )
+    ),
 )
-if hasattr(fastclip, "ZClip"):  # it holds state: each run makes its own
-    what = "the same, clipped adaptively"
-    RUNS += (Run("adaptive", "exploding", what, lambda: CharRNN(gain=10), 600, clip_norm=fastclip.ZClip),)
 
 
 def entropy_of_characters() -> float:
@@ -231,13 +239,14 @@ def train(run: Run, seed: int = 0, tick: Callable[[], None] = lambda: None) -> R
     max_norm = run.clip_norm() if callable(run.clip_norm) else run.clip_norm
     losses, norms = [], []
     started = time.perf_counter()
-    for _, batch in zip(range(run.steps), batches(run.batch, run.length, seed), strict=False):
+    for step, batch in zip(range(run.steps), batches(run.batch, run.length, seed), strict=False):
+        is_bad = run.bad_every and step % run.bad_every == run.bad_every - 1
         loss_of_step = 0.0
         for part in batch.chunk(run.accumulate):
             logits = model(part[:, :-1])
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
             loss = loss / run.accumulate  # the gradients of the parts add up to that of the mean
-            loss.backward()
+            (loss * 1000 if is_bad else loss).backward()
             loss_of_step += loss.item()
         # Once a step, after the last part: the norm of the sum is not the sum of the norms.
         norms.append(monitor.clip_grad_norm_(max_norm).item())

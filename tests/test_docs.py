@@ -189,6 +189,11 @@ def test_commands(words, tmp_path, monkeypatch, capsys):
         fastclip_main()
         assert "1 native" in capsys.readouterr().err
         assert ("--monitor" in words) == (tmp_path / "gradients.html").exists()
+    elif what.startswith("python -m fastclip "):
+        monkeypatch.setattr(sys, "argv", ["fastclip", words[3], "--help"])
+        with pytest.raises(SystemExit) as ended:
+            fastclip_main()
+        assert ended.value.code == 0 and len(words) == 4
     elif what.startswith("python -m benchmarks "):
         from benchmarks.__main__ import parser
 

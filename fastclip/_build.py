@@ -53,7 +53,9 @@ def unusable_because(home: str) -> str | None:
     got = "{}.{} in {}".format(*version, home)
     if version < OLDEST_CUDA:
         return f"expected CUDA 12.1 or later, got {got}"
-    if version[0] != int(torch.version.cuda.split(".")[0]):  # torch would end the build, and that of the CPU part too
+    if version[0] != int(
+        str(torch.version.cuda).split(".")[0]
+    ):  # torch would end the build, and that of the CPU part too
         return f"expected the major version of torch's CUDA {torch.version.cuda}, got {got}"
     return None
 
@@ -90,14 +92,16 @@ def plan(home: str | None, build: Path) -> dict:
 
     cuda_sources = sorted(path for path in (SOURCES / "cuda").iterdir() if path.suffix in (".cpp", ".cu"))
     wanted = os.environ.get("FASTCLIP_CUDA", "auto")
-    possible = bool(cuda_sources and home and torch.version.cuda)
+    possible = bool(cuda_sources and torch.version.cuda)
     reason = "expected CUDA sources, nvcc and a torch with CUDA; one is missing"
-    if possible and (unusable := unusable_because(home)):
+    if home is None:
+        possible = False
+    elif possible and (unusable := unusable_because(home)):
         possible, reason = False, unusable
         print(f"fastclip: only the CPU part is built: {reason}", file=sys.stderr)
     if wanted == "1" and not possible:
         raise SystemExit(f"FASTCLIP_CUDA=1: {reason}")
-    if not possible or wanted == "0":
+    if home is None or not possible or wanted == "0":
         return {"sources": sources, "cxx": flags, "nvcc": [], "cuda": False, "library_dirs": []}
     cudart = cudart_directory(home, build)
     if not torch.cuda.is_available():  # torch would ask the card at hand
@@ -124,7 +128,7 @@ def target() -> dict:
     """What an extension has to be built for to be loaded here: nothing of it may differ."""
     import torch
 
-    from_version = {}
+    from_version: dict[str, str] = {}
     exec((PACKAGE / "_version.py").read_text(), from_version)  # setup.py cannot import the package: that needs torch
     return {
         "fastclip": from_version["__version__"],

@@ -25,7 +25,7 @@ def _choose() -> Path:
     """The package's own extension, or the one that `python -m fastclip build` made; ImportError if neither will do."""
     own = _build.packaged()
     why = _build.mismatch(own)
-    if why is None and (not torch.version.cuda or _build.read_record(own)["cuda"]):
+    if why is None and (not torch.version.cuda or (_build.read_record(own) or {})["cuda"]):
         return own
     built = _build.cached()
     if built.exists():
@@ -42,6 +42,7 @@ def _load(path: Path) -> ModuleType:
     if path == _build.packaged():
         return importlib.import_module("fastclip._C")
     spec = importlib.util.spec_from_file_location("fastclip._C", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[spec.name] = module

@@ -50,7 +50,7 @@ def clip_grad_adaptive_(
         recording.finish(None, None)
     reason = _C.clip_grad_adaptive_(parameters, clipping, eps, order) if _C else NOT_BUILT
     if reason is not None:
-        _by_torch([parameters] if isinstance(parameters, Tensor) else parameters, clipping, eps, order)
+        _by_torch([parameters] if isinstance(parameters, Tensor) else list(parameters), clipping, eps, order)
         count_fallback(reason)
 
 

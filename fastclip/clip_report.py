@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def filled(nonfinite: str | None, error_if_nonfinite: bool) -> "Iterator[_C.Clip
     try:
         yield report
     finally:
-        if report is not None and report.is_filled():
+        if nonfinite is not None and report is not None and report.is_filled():
             remember(report, nonfinite, error_if_nonfinite)
 
 
@@ -163,7 +164,7 @@ def scale_by_torch(
 
 def clip_by_torch(
     parameters: Sequence[Tensor],
-    max_norm: float | Tensor | ThresholdPolicy,
+    max_norm: Any,
     norm_type: float,
     error_if_nonfinite: bool,
     foreach: bool | None,

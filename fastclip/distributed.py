@@ -181,17 +181,18 @@ class _Gradients:
         with clip_report.naming_the_first_bad(self.argument, self.items, " on this rank"):
             _torch_functions.get_total_norm([norm], p, error_if_nonfinite=True)  # torch's own error
 
-    def report_on(self, max_norm: float | Tensor, total_norm: Tensor, returned: Tensor, nonfinite: str):
+    def report_on(self, max_norm: float | Tensor, total_norm: Tensor, returned: Any, nonfinite: str):
         """What is about to be done, and which gradient of this rank is the first bad one. No rank is asked."""
+        returned = _full(returned)
         reason = self.fallback_reason
         if _C:
             report, tensors = _C.ClipReport(), [local for local in self.locals if local is not None]
             missing = [index for index, local in enumerate(self.locals) if local is None]
-            reason = _C.report_on(report, tensors, missing, max_norm, total_norm, _full(returned), nonfinite)
+            reason = _C.report_on(report, tensors, missing, max_norm, total_norm, returned, nonfinite)
             if reason is None:
                 return report
         self.fallback_reason = reason
-        return clip_report.known(_full(returned).item(), max_norm, nonfinite, self.locals)
+        return clip_report.known(returned.item(), max_norm, nonfinite, self.locals)
 
     def scale(self, max_norm: float | Tensor, total_norm: Tensor, nonfinite: str | None = None) -> None:
         self._write(

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def examine() -> dict:
     (device -> list of failures, str) and ``problems`` (list of dicts with ``problem`` and ``remedy``)."""
     info = fastclip.build_info()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    result = {
+    result: dict[str, Any] = {
         "versions": {
             "fastclip": fastclip.__version__,
             "torch": torch.__version__,

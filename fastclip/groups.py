@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,12 +75,12 @@ def _outside_the_graph(
     return clip_grad_norms_(groups, max_norms, norm_type, error_if_nonfinite)
 
 
-def _members(group: Tensors) -> Sequence[Tensor]:
+def _members(group: Any) -> Sequence[Tensor]:
     return [group] if isinstance(group, Tensor) else group
 
 
-def _as_groups(groups: Iterable[Tensors]) -> list[Tensor | list | tuple]:
-    groups = list(_as_sequence(groups, "groups"))
+def _as_groups(given: Any) -> list[Any]:
+    groups = list(_as_sequence(given, "groups"))
     if _PLAIN.issuperset(map(type, groups)):
         return groups
     return [_as_sequence(group, f"groups[{i}]") for i, group in enumerate(groups)]
@@ -113,7 +114,7 @@ def _one_by_one(
         limits = [INF if given is None else number(given, f"max_norms[{g}]") for g, given in enumerate(max_norms)]
     else:
         limits = [number(max_norms, "max_norms")] * len(groups)
-    owners = {}
+    owners: dict[int, int] = {}
     for g, group in enumerate(groups):
         for i, parameter in enumerate(_members(group)):
             if not isinstance(parameter, Tensor):

@@ -218,7 +218,7 @@ class StepClipping:
             self.optimizer.found_inf = is_finite.logical_not().float()
         return False
 
-    def _threshold(self, value: Threshold | None, argument: str = "max_norm") -> float | Tensor:
+    def _threshold(self, value: Threshold | None, argument: str = "max_norm") -> Any:
         value = number(value(self.steps) if callable(value) else value, argument)
         return value.detach() if isinstance(value, Tensor) else value
 

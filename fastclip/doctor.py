@@ -94,6 +94,7 @@ def _check(device: str, dtype: torch.dtype, case: str, factor: float) -> str | N
         return f"expected the norm {norm}, got {got.item()}"
     rounding = torch.finfo(dtype).eps
     for index, (parameter, grad) in enumerate(zip(parameters, before, strict=True)):
+        assert parameter.grad is not None
         want, scaled = grad.double() * coef, parameter.grad.cpu().double()
         if not torch.allclose(scaled, want, rtol=tolerance + rounding, atol=torch.finfo(dtype).tiny, equal_nan=True):
             return f"expected gradient {index} times {coef}, got another"
@@ -101,7 +102,8 @@ def _check(device: str, dtype: torch.dtype, case: str, factor: float) -> str | N
 
 
 def _driver() -> str:
-    version = torch._C._cuda_getDriverVersion()  # 13000 for 13.0: the newest CUDA that the driver runs
+    # 13000 for 13.0: the newest CUDA that the driver runs
+    version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     return f"{version // 1000}.{version % 1000 // 10}"
 
 

@@ -1,8 +1,8 @@
 """Puts every measured figure into README.md and docs: make docs-figures, `python -m benchmarks.docs_figures --check`.
 
 The figures come from benchmarks/results/cpu.json and instructions.json. In the Markdown a figure stands between
-``<!-- fig: NAME | ARGUMENT | ... -->`` and ``<!-- end -->``, in a line or as a block; NAME is a function below. Charts
-become files in docs/figures. ``--check`` changes nothing and exits 1 where something is out of date.
+``<!-- fig: NAME | ARGUMENT | ... -->`` and ``<!-- end -->``, in a line or as a block; NAME is a function below, FILE.NAME
+the same of another file there (``cpu-amd.table``). Charts become files in docs/figures. ``--check`` changes nothing and exits 1 where something is out of date.
 """
 
 import argparse
@@ -152,10 +152,18 @@ class Figures:
 
     def text(self, marker: str) -> str:
         name, *arguments = (part.strip() for part in marker.split("|"))
+        if "." in name:
+            file, name = name.split(".")
+            return _of_file(file).text("|".join([name, *arguments]))
         make: Callable[..., str] | None = None if name.startswith("_") or name == "text" else getattr(self, name, None)
         if not callable(make):
             raise LookupError(f"{marker}: expected one of the figures in {Path(__file__).name}, got {name}")
         return make(*arguments)
+
+
+@functools.cache
+def _of_file(name: str) -> Figures:
+    return Figures(results.load(RESULTS / f"{name}.json"), None)
 
 
 def _only(report: dict, **wanted: str) -> dict:

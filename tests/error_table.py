@@ -25,7 +25,8 @@ class Row(NamedTuple):
 
 NOT_FINITE = (
     "The total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot be clipped. To disable "
-    "this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
+    "this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`. "
+    "parameters[1].grad has the first inf or NaN"
 )
 
 LISTS = [

@@ -45,7 +45,8 @@ def check(grads, max_norms, norm_type=2.0, given=None, native=True):
             else:
                 coef = min(1.0, max_norm / (total_norm(was, norm_type) + 1e-6))
                 check_scaled(mine.grad, g, coef)
-                torch.testing.assert_close(mine.grad, theirs.grad, rtol=torch.finfo(g.dtype).eps, atol=0)
+                # One rounding of the product, and one of the norm on a device that adds up in another order.
+                torch.testing.assert_close(mine.grad, theirs.grad, rtol=2 * torch.finfo(g.dtype).eps, atol=0)
     return norms
 
 
@@ -224,9 +225,10 @@ def test_several_launches_where_a_cooperative_one_is_refused(error):
     with watch() as seen:
         norms = fastclip.clip_grad_norms_(groups, 0.5, error_if_nonfinite=error)
     assert seen.launches == 3 and seen.cooperative_launches == 0
-    assert torch.equal(norms, want)
+    # Copies begin at other addresses, so that other warps add up other elements.
+    torch.testing.assert_close(norms, want, rtol=2**-22, atol=0)
     for (mine,), (theirs,) in zip(groups, copies, strict=True):
-        assert torch.equal(mine.grad, theirs.grad)
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=2**-22, atol=0)
 
 
 @pytest.mark.cuda

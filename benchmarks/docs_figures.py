@@ -1,8 +1,9 @@
 """Puts every measured figure into README.md and docs: make docs-figures, `python -m benchmarks.docs_figures --check`.
 
 The figures come from benchmarks/results/cpu.json and instructions.json. In the Markdown a figure stands between
-``<!-- fig: NAME | ARGUMENT | ... -->`` and ``<!-- end -->``, in a line or as a block; NAME is a function below, FILE.NAME
-the same of another file there (``cpu-amd.table``). Charts become files in docs/figures. ``--check`` changes nothing and exits 1 where something is out of date.
+``<!-- fig: NAME | ARGUMENT | ... -->`` and ``<!-- end -->``, in a line or as a block; NAME is a function below, or, as
+FILE.NAME, the same of another file there (``cpu-amd.table``). Charts become files in
+docs/figures. ``--check`` changes nothing and exits 1 where something is out of date.
 """
 
 import argparse

@@ -146,11 +146,10 @@ def main() -> int:
     if not counted:
         print("expected counts from callgrind, found none", file=sys.stderr)
         return 1
-    import fastclip
 
     report = {
         "machine": {"processor": machine.processor()},
-        "fastclip": {**fastclip.build_info(), "cpu_kernels": done.stdout.split()[-1], "threads": 1},
+        "fastclip": {**machine.build(), "cpu_kernels": done.stdout.split()[-1], "threads": 1},
         "results": counted,
     }
     results.save(report, options.output)

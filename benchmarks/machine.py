@@ -8,9 +8,16 @@ from pathlib import Path
 
 import torch
 
+import fastclip
+
 BUSY_CORES = 0.1  # others' use of the processor, in cores, from which figures are disturbed
 BUSY_STEAL = 0.02  # the share of time that the hypervisor gave to somebody else
 PINNING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+
+
+def build() -> dict:
+    """``fastclip.build_info()`` but for where the extension lies, which says something of its owner's disk only."""
+    return {name: value for name, value in fastclip.build_info().items() if name != "extension"}
 
 
 def describe(threads: int) -> dict:

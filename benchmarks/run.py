@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-import fastclip
 from benchmarks import accuracy, ceilings, display, experiments, limits, machine, optim, training
 from benchmarks.cases import Case, cases
 from benchmarks.clocks import card, clock
@@ -119,7 +118,7 @@ def run(
         description["gpu"] = card()
     report = {
         "machine": description,
-        "fastclip": fastclip.build_info(),
+        "fastclip": machine.build(),
         "options": {"quick": effort.quick, "factor": effort.factor, "device": device, "strict": strict},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": {},

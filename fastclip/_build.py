@@ -128,10 +128,11 @@ def target() -> dict:
     """What an extension has to be built for to be loaded here: nothing of it may differ."""
     import torch
 
-    from_version: dict[str, str] = {}
-    exec((PACKAGE / "_version.py").read_text(), from_version)  # setup.py cannot import the package: that needs torch
+    # Read, since setup.py cannot import the package: that needs torch.
+    version = re.search(r'^__version__ = "(.+)"$', (PACKAGE / "_version.py").read_text(), re.MULTILINE)
+    assert version is not None
     return {
-        "fastclip": from_version["__version__"],
+        "fastclip": version[1],
         "torch": torch.__version__,  # with its local part, +cpu or +cu130
         "torch_cuda": torch.version.cuda,
         "cxx11_abi": torch.compiled_with_cxx11_abi(),

@@ -154,6 +154,8 @@ def test_the_command_builds_with_the_same_sources_and_flags(setup, monkeypatch, 
     ]
     assert not [flag for flag in seen["extra_cflags"] if flag.startswith(("-march", "-mtune", "-ffast-math"))]
     assert path.is_relative_to(tmp_path) and setup._build.mismatch(path) is None
-    # torch's builder names objects by the files' names alone.
-    names = [source.stem for source in setup._build.SOURCES.rglob("*") if source.suffix in (".cpp", ".cu")]
+    # torch's builder names objects by the files' names alone, CUDA's apart from the others.
+    names = [
+        (source.stem, source.suffix) for source in setup._build.SOURCES.rglob("*") if source.suffix in (".cpp", ".cu")
+    ]
     assert len(names) == len(set(names))

@@ -24,7 +24,7 @@ for sanitizer in "thread" "address $undefined"; do
     mkdir -p build/sanitize
     # shellcheck disable=SC2086
     g++ -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=$sanitizer -Itests/cpp/threads -Icsrc \
-        tests/cpp/test_threads.cpp csrc/tensor_table.cpp csrc/cpu/*.cpp -pthread -o "$program"
+        tests/cpp/test_threads.cpp csrc/tensor_table.cpp csrc/cpu/{clip_cpu,dispatch,shares}.cpp csrc/cpu/kernels_*.cpp -pthread -o "$program"
     echo "$program"
     "$program"
 done

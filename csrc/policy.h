@@ -41,9 +41,15 @@ struct Alone {
   FASTCLIP_HOST_DEVICE int count(bool holds) const { return holds; }  // for how many of them something holds
 };
 
+FASTCLIP_HOST_DEVICE inline bool is_finite(double x) {
+  return x - x == 0;
+}
+
 FASTCLIP_HOST_DEVICE inline double follow_zclip(ZClipState& state, double norm) {
   double threshold = HUGE_VAL;
+  const bool learns = is_finite(norm * norm);  // else the variance would stay inf
   if (state.head.count < state.warmup) {
+    if (!learns) return state.max_norm;
     // Mean and population variance of all norms so far (Welford 1962).
     const double delta = norm - state.mean;
     state.mean += delta / (state.head.count + 1);
@@ -58,9 +64,12 @@ FASTCLIP_HOST_DEVICE inline double follow_zclip(ZClipState& state, double norm) 
       threshold = state.mean + at * deviation;
       norm = threshold;  // what is learnt from a spike
     }
-    state.mean = state.alpha * state.mean + (1 - state.alpha) * norm;
-    state.variance = state.alpha * state.variance + (1 - state.alpha) * (norm - state.mean) * (norm - state.mean);
+    if (learns) {
+      state.mean = state.alpha * state.mean + (1 - state.alpha) * norm;
+      state.variance = state.alpha * state.variance + (1 - state.alpha) * (norm - state.mean) * (norm - state.mean);
+    }
   }
+  if (learns) state.head.count += 1;
   return threshold < state.max_norm ? threshold : state.max_norm;
 }
 
@@ -122,7 +131,10 @@ FASTCLIP_HOST_DEVICE inline double follow_autoclip(Team team, AutoClipState& sta
     --place;
   }
   team.sync();
-  if (team.rank() == 0) sorted[place] = arrivals[count % window] = norm;
+  if (team.rank() == 0) {
+    sorted[place] = arrivals[count % window] = norm;
+    state.head.count += 1;
+  }
   team.sync();
   return quantile(sorted, count < window ? count + 1 : window, state.fraction);
 }
@@ -133,17 +145,13 @@ template <class Team>
 FASTCLIP_HOST_DEVICE inline double follow(Team team, double* policy, double norm) {
   auto& head = *reinterpret_cast<PolicyHead*>(policy);
   double threshold = 0;
-  const bool learns = norm - norm == 0;  // finite
-  if (learns && static_cast<Rule>(static_cast<int>(head.rule)) == Rule::AutoClip) {
+  if (is_finite(norm) && static_cast<Rule>(static_cast<int>(head.rule)) == Rule::AutoClip) {
     threshold = follow_autoclip(team, *reinterpret_cast<AutoClipState*>(policy), norm);
-  } else if (learns && team.rank() == 0) {
+  } else if (is_finite(norm) && team.rank() == 0) {
     threshold = follow_zclip(*reinterpret_cast<ZClipState*>(policy), norm);
   }
   team.sync();
-  if (team.rank() == 0) {
-    head.threshold = threshold;
-    if (learns) head.count += 1;
-  }
+  if (team.rank() == 0) head.threshold = threshold;
   return threshold;
 }
 

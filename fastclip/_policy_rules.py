@@ -13,7 +13,6 @@ def follow(state: Tensor, norm: float) -> None:
     numbers = state.tolist()
     if math.isfinite(norm):
         numbers[1] = (_zclip if numbers[0] == 1 else _autoclip)(numbers, norm)
-        numbers[2] += 1
     else:
         numbers[1] = 0.0
     state.copy_(state.new_tensor(numbers))
@@ -21,20 +20,22 @@ def follow(state: Tensor, norm: float) -> None:
 
 def _zclip(state: list[float], norm: float) -> float:
     count, (mean, variance, alpha, z_threshold, warmup, eps, spike_to, max_norm) = state[2], state[_HEAD:]
-    threshold = math.inf
-    if count < warmup:
+    threshold, learns = math.inf, math.isfinite(norm * norm)
+    if count < warmup and learns:
         delta = norm - mean
         mean += delta / (count + 1)
         variance += (delta * (norm - mean) - variance) / (count + 1)
-    else:
+    elif count >= warmup:
         deviation = math.sqrt(variance)
         distance = deviation + eps
         z = (norm - mean) / distance if distance else math.copysign(math.inf, norm - mean) if norm != mean else math.nan
         if z > z_threshold:
             threshold = mean + (z_threshold / (z / z_threshold), z_threshold, 0.0)[int(spike_to)] * deviation
             norm = threshold
-        mean = alpha * mean + (1 - alpha) * norm
-        variance = alpha * variance + (1 - alpha) * (norm - mean) * (norm - mean)
+        if learns:
+            mean = alpha * mean + (1 - alpha) * norm
+            variance = alpha * variance + (1 - alpha) * (norm - mean) * (norm - mean)
+    state[2] += learns
     state[_HEAD : _HEAD + 2] = mean, variance
     return min(threshold, max_norm)
 
@@ -47,6 +48,7 @@ def _autoclip(state: list[float], norm: float) -> float:
     if count >= window:
         del ascending[bisect_left(ascending, state[arrivals + count % window])]
     insort(ascending, norm)
+    state[2] += 1
     state[arrivals + count % window] = norm
     state[arrivals + window : arrivals + window + len(ascending)] = ascending
 

@@ -30,7 +30,12 @@ class ThresholdPolicy:
     _rule: int
 
     def __init__(self, own: list[float]):
-        self._state = torch.tensor([self._rule, math.inf, 0, *own], dtype=torch.float64)
+        self._state = torch.tensor([self._rule, math.inf, 0, *own], dtype=torch.float64, device="cpu")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "_state" and "_state" in self.__dict__:
+            raise AttributeError(f"{name}: a policy stays as it was made; make another {type(self).__name__}")
+        super().__setattr__(name, value)
 
     @property
     def threshold(self) -> Tensor:
@@ -116,8 +121,9 @@ class ZClip(ThresholdPolicy):
         eps: added to the deviation.
 
     At the edges: a variance of 0 makes a spike of everything above ``m + eps * z_threshold``. A norm that is not finite
-    is not learnt from (in the authors' code NaN stays in the averages for ever). ``max_norm`` does not change what is
-    learnt. The authors' code has besides: a factor on the threshold, and leaving spikes out of the averages.
+    is not learnt from (in the authors' code NaN stays in the averages for ever), nor is one above 1.3e154, whose square
+    is not finite; that one is clipped as others are. ``max_norm`` does not change what is learnt. Norms have to be well
+    above ``eps``. The authors' code has besides: a factor on the threshold, and leaving spikes out of the averages.
 
     Raises:
         TypeError, ValueError: an argument is not a number, or outside of its range.
@@ -197,9 +203,12 @@ class AutoClip(ThresholdPolicy):
     def _load(self, state: Tensor, state_dict: dict[str, Any]) -> None:
         # Into a shorter window the latest norms; a longer one goes on as if it had begun with those remembered.
         norms = state_dict["norms"].to("cpu", torch.float64)[-self.window :]
-        state[_COUNT] = len(norms)
+        if len(norms) < self.window:
+            state[_COUNT] = len(norms)
+        count = int(state[_COUNT])
         state[self._ARRIVALS :] = 0
-        state[self._ARRIVALS : self._ARRIVALS + len(norms)] = norms
+        places = torch.arange(count - len(norms), count, device="cpu") % self.window
+        state[self._ARRIVALS + places] = norms
         sorted_from = self._ARRIVALS + self.window
         state[sorted_from : sorted_from + len(norms)] = norms.sort().values
 

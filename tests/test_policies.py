@@ -129,6 +129,30 @@ def test_norms_that_are_not_finite_are_not_learnt(device, kind, bad):
     torch.testing.assert_close(policy._state, twin._state, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rule", ["native", "python"])
+def test_norms_whose_square_is_not_finite_are_clipped_and_not_learnt(rule):
+    """One in the warm-up, where nothing is clipped, one after it; ZClip's variance would stay inf."""
+
+    def follow(norm):
+        if rule == "native":
+            return float(policy.follow(torch.tensor(norm, dtype=torch.float64)))
+        _policy_rules.follow(policy._state, norm)
+        return float(policy.threshold)
+
+    policy, published = ZClip(warmup=5, max_norm=1e6), PublishedZClip(warmup=5, max_norm=1e6)
+    for number, norm in enumerate(norms_of_a_run(40)):
+        assert close(follow(norm), published.threshold(norm))
+        if number == 2:
+            assert follow(1e160) == 1e6
+        if number == 20:
+            assert 0 < follow(1e160) < 10
+    assert policy.count == 40
+
+    policy = ZClip(warmup=2)
+    follow(1.3e154), follow(1e153)
+    assert follow(1.5e154) == INF and math.isfinite(policy.state_dict()["variance"])  # no spike beside those
+
+
 def test_raising_learns_nothing(device):
     policy = ZClip()
     grad = torch.tensor([1.0, NAN], device=device)
@@ -222,6 +246,37 @@ def test_state_dict_of_another_window():
     shorter.load_state_dict(policy.state_dict())
     assert shorter.follow(torch.tensor(9.0)).item() == 3.0
     assert shorter.state_dict()["norms"].tolist() == [4.0, 3.0, 9.0]
+
+
+@pytest.mark.parametrize("window", [10, 4, 20])
+def test_a_full_window_goes_on(window):
+    norms = norms_of_a_run(60)
+    first, second = AutoClip(30, window=10), AutoClip(30, window=window)
+    for norm in norms[:25]:
+        first.follow(torch.tensor(norm, dtype=torch.float64))
+    second.load_state_dict(first.state_dict())
+    assert second.count == (10 if window == 20 else 25)
+    assert second.state_dict()["norms"].tolist() == first.state_dict()["norms"][-window:].tolist()
+    published = PublishedAutoClip(30, window)
+    published.history = norms[15:25][-window:]
+    for norm in norms[25:]:
+        assert close(float(second.follow(torch.tensor(norm, dtype=torch.float64))), published.threshold(norm))
+
+
+def test_what_a_policy_was_told_stays():
+    policy = ZClip(max_norm=2.0)
+    with pytest.raises(AttributeError, match="max_norm: a policy stays as it was made; make another ZClip"):
+        policy.max_norm = 5
+    with pytest.raises(AttributeError, match="window: .* another AutoClip"):
+        AutoClip().window = 5
+    assert policy.max_norm == 2.0
+
+
+def test_made_where_another_device_is_the_default():
+    with torch.device("meta"):
+        policy = AutoClip(window=3)
+        policy.load_state_dict(AutoClip(window=3).state_dict())
+    assert policy.follow(torch.tensor(2.0)).item() == 2.0
 
 
 def test_state_dict_of_another_kind():

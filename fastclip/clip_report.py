@@ -91,15 +91,17 @@ class Known:
         return self._first_bad
 
 
-def known(total_norm: float, max_norm: float | Tensor, nonfinite: str, grads: Sequence[Tensor | None]) -> Known:
-    """The report on gradients that are about to be clipped: a None for each parameter without one."""
-    if math.isfinite(total_norm):
-        return Known(total_norm, min(float(max_norm) / (total_norm + 1e-6), 1.0))
-    if nonfinite == "propagate":
-        coef = min(float(max_norm) / (total_norm + 1e-6), 1.0)
+def known(total_norm: Tensor, max_norm: float | Tensor, nonfinite: str, grads: Sequence[Tensor | None]) -> Known:
+    """The report on gradients that are about to be clipped: a None for each parameter without one. Waits for the device.
+
+    The coefficient is computed in the dtype of the norm, as the gradients' is.
+    """
+    norm, is_finite = float(total_norm), bool(total_norm.isfinite())
+    if is_finite or nonfinite == "propagate":
+        coef = float((max_norm / (total_norm + 1e-6)).clamp(max=1.0))
     else:
         coef = 0.0 if nonfinite == "zero" else 1.0
-    return Known(total_norm, coef, first_bad_of(grads))
+    return Known(norm, coef, -1 if is_finite else first_bad_of(grads))
 
 
 def first_bad_of(grads: Sequence[Tensor | None]) -> int:
@@ -185,12 +187,9 @@ def clip_by_torch(
     if nonfinite is None:
         _torch_functions.clip_grads_with_norm_(parameters, max_norm, norm, foreach)
         return norm
-    total_norm = float(plain)
-    remember(
-        known(total_norm, max_norm, "skip" if error_if_nonfinite else nonfinite, grads), nonfinite, error_if_nonfinite
-    )
-    if error_if_nonfinite:
+    remember(known(plain, max_norm, "skip" if error_if_nonfinite else nonfinite, grads), nonfinite, error_if_nonfinite)
+    if error_if_nonfinite and not plain.isfinite():
         with naming_the_first_bad("parameters", parameters):
-            _torch_functions.get_total_norm([torch.tensor(abs(total_norm))], norm_type, True)  # torch's own error
+            _torch_functions.get_total_norm([plain.abs()], norm_type, error_if_nonfinite=True)  # torch's own error
     scale_by_torch(parameters, max_norm, norm, nonfinite, foreach)
     return norm

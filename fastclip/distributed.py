@@ -192,7 +192,7 @@ class _Gradients:
             if reason is None:
                 return report
         self.fallback_reason = reason
-        return clip_report.known(returned.item(), max_norm, nonfinite, self.locals)
+        return clip_report.known(returned.double(), max_norm, nonfinite, self.locals)
 
     def scale(self, max_norm: float | Tensor, total_norm: Tensor, nonfinite: str | None = None) -> None:
         self._write(

@@ -288,7 +288,7 @@ class StepClipping:
             if self.nonfinite is not None:
                 self.found_inf = norm.isfinite().logical_not().float()
                 grads = [p.grad for p in parameters]
-                clip_report.remember(clip_report.known(norm.item(), max_norm, self.nonfinite, grads), self.nonfinite)
+                clip_report.remember(clip_report.known(norm, max_norm, self.nonfinite, grads), self.nonfinite)
             scale: Any = 1 if grad_scale is None else grad_scale
             return (scale / self.last_clip_coef).float()
 

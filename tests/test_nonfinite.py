@@ -172,6 +172,28 @@ def test_what_torch_does_has_the_same_policies(nonfinite, reason):
         assert found is RuntimeError and message.endswith("parameters[2].grad has the first inf or NaN")
 
 
+@pytest.mark.parametrize("with_policy", [True, False])
+def test_a_norm_beyond_float32_is_finite(with_policy):
+    """Where torch's functions clip, too."""
+    for value, raises in ((1e100, False), (INF, True)):
+        grads = [torch.tensor([value, 0.0], dtype=torch.float64)]
+        max_norm = fastclip.ZClip(max_norm=1.0) if with_policy else 1.0
+        call = fastclip.clip_grad_norm_, make_parameters(grads), max_norm, 3
+        kind, result = outcome(*call, error_if_nonfinite=True, nonfinite="propagate")
+        assert (kind is RuntimeError) == raises
+        assert fastclip.last_report().action == ("nothing" if raises else "clipped")
+        assert grads[0][0].item() == pytest.approx(INF if raises else 1.0)
+
+
+def test_a_report_has_the_coefficient_that_was_used():
+    """In float32 no gradient of this norm is changed, where torch's functions clip."""
+    grad = torch.tensor([1.0])
+    max_norm = 1 + 1e-6 - 1e-9
+    assert grad.item() / (1 + 1e-6) != 1 and max_norm / (1 + 1e-6) < 1
+    fastclip.clip_grad_norm_(make_parameters([grad]), max_norm, 3, nonfinite="propagate")
+    assert grad.item() == 1 and fastclip.last_report().action == "nothing"
+
+
 @pytest.mark.parametrize("value", ["raise", "", 1, True])
 def test_another_value_is_an_error(value):
     parameters = make_parameters([torch.full((3,), INF)])

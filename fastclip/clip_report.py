@@ -92,9 +92,9 @@ class Known:
 
 
 def known(total_norm: Tensor, max_norm: float | Tensor, nonfinite: str, grads: Sequence[Tensor | None]) -> Known:
-    """The report on gradients that are about to be clipped: a None for each parameter without one. Waits for the device.
+    """The report on gradients that are about to be clipped: a None for each parameter without one.
 
-    The coefficient is computed in the dtype of the norm, as the gradients' is.
+    It waits for the device. The coefficient is computed in the dtype of the norm, as the gradients' is.
     """
     norm, is_finite = float(total_norm), bool(total_norm.isfinite())
     if is_finite or nonfinite == "propagate":

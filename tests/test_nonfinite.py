@@ -179,7 +179,7 @@ def test_a_norm_beyond_float32_is_finite(with_policy):
         grads = [torch.tensor([value, 0.0], dtype=torch.float64)]
         max_norm = fastclip.ZClip(max_norm=1.0) if with_policy else 1.0
         call = fastclip.clip_grad_norm_, make_parameters(grads), max_norm, 3
-        kind, result = outcome(*call, error_if_nonfinite=True, nonfinite="propagate")
+        kind, _ = outcome(*call, error_if_nonfinite=True, nonfinite="propagate")
         assert (kind is RuntimeError) == raises
         assert fastclip.last_report().action == ("nothing" if raises else "clipped")
         assert grads[0][0].item() == pytest.approx(INF if raises else 1.0)

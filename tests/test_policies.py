@@ -267,7 +267,7 @@ def test_what_a_policy_was_told_stays():
     policy = ZClip(max_norm=2.0)
     with pytest.raises(AttributeError, match="max_norm: a policy stays as it was made; make another ZClip"):
         policy.max_norm = 5
-    with pytest.raises(AttributeError, match="window: .* another AutoClip"):
+    with pytest.raises(AttributeError, match="window: a policy stays as it was made; make another AutoClip"):
         AutoClip().window = 5
     assert policy.max_norm == 2.0
 

@@ -93,15 +93,14 @@ def _by_torch(parameters: list[Tensor], clipping: float, eps: float, norm_type: 
             continue
         max_norm = clipping * _unit_norms(parameter, norm_type).clamp(min=eps)
         grad_norm = _unit_norms(grad, norm_type)
-        clipped = _wide(grad) * (max_norm / grad_norm.clamp(min=1e-6))
+        clipped = grad * (max_norm / grad_norm.clamp(min=1e-6))
         grad.copy_(torch.where(grad_norm < max_norm, grad, clipped))
 
 
 def _unit_norms(tensor: Tensor, norm_type: float) -> Tensor:
-    """Norms of a tensor's units, of a shape that broadcasts with it; at least float32."""
+    """Norms of a tensor's units in float64, of a shape that broadcasts with it."""
     dims = None if tensor.ndim <= 1 else tuple(range(1, tensor.ndim))
-    return torch.linalg.vector_norm(_wide(tensor), norm_type, dim=dims, keepdim=dims is not None)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    if tensor.device.type == "mps":  # has no float64
+        return torch.linalg.vector_norm(tensor.float(), norm_type, dim=dims, keepdim=dims is not None)
+    dtype = torch.complex128 if tensor.is_complex() else torch.float64
+    return torch.linalg.vector_norm(tensor, norm_type, dim=dims, keepdim=dims is not None, dtype=dtype)

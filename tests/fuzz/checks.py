@@ -7,6 +7,9 @@ import oracle
 import torch
 from lists import GradientList, generate
 from support import INF, NAN, make_parameters, outcome
+from test_adaptive import coefficient as coefficient_of_unit
+from test_adaptive import units
+from test_policies import PublishedAutoClip, PublishedZClip
 from test_statistics import expected as expected_statistics
 
 import fastclip
@@ -267,6 +270,140 @@ def other_norm_types(given, random):
                 check_close(mine, theirs, 1e-6)
 
 
+def clip_with_a_policy(given, random):
+    """ZClip or AutoClip, which have learnt from norms about as large as this one or very different."""
+    before = given.as_before()
+    want = oracle.total_norm(before, 2)
+    usual = want * 10.0 ** random.uniform(-3, 1) if math.isfinite(want) and 1e-30 < want < 1e100 else 1.0
+    norms = (usual * random.lognormal(0, 0.3, int(random.integers(0, 12)))).tolist()
+    if random.random() < 0.5:
+        arguments = {"warmup": int(random.integers(1, 8)), "eps": usual * 1e-6}
+        arguments["spike_to"] = ["reciprocal", "max", "mean"][random.integers(3)]
+        policy, published = fastclip.ZClip(**arguments), PublishedZClip(**arguments)
+    else:
+        percentile, window = float(random.uniform(0, 100)), int(random.integers(1, 15))
+        policy, published = fastclip.AutoClip(percentile, window), PublishedAutoClip(percentile, window)
+    for norm in norms:
+        policy.follow(torch.tensor(norm, dtype=torch.float64))
+        published.threshold(norm)
+    count = len(norms)
+    result = outcome(fastclip.clip_grad_norm_, container_of(random, make_parameters(given.grads)), policy)
+    if raises_instead(given, result):
+        assert policy.count == count
+        return
+    if not before:
+        assert policy.count == count
+        return given.check_untouched()
+    oracle.check_norm(result[1], before, 2)
+    learns = bool(result[1].isfinite()) and (want < 1e154 or isinstance(policy, fastclip.AutoClip))
+    assert policy.count == count + learns
+    threshold = policy.threshold
+    if learns:
+        check_close(threshold, torch.tensor(published.threshold(want), dtype=torch.float64), 1e-4)
+    elif not result[1].isfinite():
+        assert threshold == 0
+    if abs(threshold - want) <= 1e-6 * want:  # AutoClip's own norm: its last digit decides
+        return given.check_surroundings()
+    check_scaled(given, coefficient(threshold.item(), want, result[1]))
+
+
+def clip_with_nonfinite(given, random):
+    norm_type, before = norm_type_of(random), given.as_before()
+    want = oracle.total_norm(before, norm_type)
+    max_norm, nonfinite = threshold_of(random, want), ["propagate", "skip", "zero"][random.integers(3)]
+    is_bad = iter([not grad.isfinite().all() for grad in before])
+    bad = [grad is not None and next(is_bad) for grad in given.grads]
+    parameters = container_of(random, make_parameters(given.grads))
+    result = outcome(
+        fastclip.clip_grad_norm_, parameters, as_argument(random, max_norm), norm_type, nonfinite=nonfinite
+    )
+    if raises_instead(given, result, norm_type):
+        return
+    norm, report = result[1], fastclip.last_report()
+    oracle.check_norm(norm, before, norm_type)
+    check_close(torch.tensor(report.total_norm, dtype=norm.dtype), norm)
+    if norm.isfinite():
+        assert not report.is_nonfinite and report.first_bad is None
+        assert report.action == ("nothing" if report.clip_coef == 1 else "clipped")
+        return check_scaled(given, coefficient(max_norm, want, norm) if before else 1.0)
+    assert report.is_nonfinite and report.first_bad == (bad.index(True) if any(bad) else None)
+    assert report.action == {"propagate": "propagated", "skip": "skipped", "zero": "zeroed"}[nonfinite]
+    if nonfinite == "propagate":
+        return check_scaled(given, coefficient(max_norm, want, norm))
+    if nonfinite == "skip":
+        assert report.clip_coef == 1
+        return given.check_untouched()
+    assert report.clip_coef == 0
+    given.check_surroundings()
+    assert not any(grad.any() for grad in given.present)
+
+
+def clip_grad_norms_(given, random):
+    """Gradients dealt out to groups; each comes out as by a call of its own."""
+    if given.is_shared:
+        return
+    norm_type, count = float(norm_type_of(random)), int(random.integers(1, 5))
+    groups, present, before = [[[] for _ in range(count)] for _ in range(3)]
+    old = iter(given.as_before())
+    for parameter, grad in zip(make_parameters(given.grads), given.grads, strict=True):
+        group = random.integers(count)
+        groups[group].append(parameter)
+        if grad is not None:
+            present[group].append(grad)
+            before[group].append(next(old))
+    wants = [oracle.total_norm(group, norm_type) for group in before]
+    max_norms = [threshold_of(random, want) if random.random() < 0.9 else None for want in wants]
+    result = outcome(fastclip.clip_grad_norms_, groups, max_norms, norm_type)
+    if raises_instead(given, result, norm_type):
+        return
+    given.check_surroundings()
+    for norm, now, was, want, max_norm in zip(result[1], present, before, wants, max_norms, strict=True):
+        if not was:
+            assert norm == 0
+            continue
+        own_dtype = torch.float64 if any(g.dtype == torch.float64 for g in was) else torch.float32
+        oracle.check_norm(norm.to(own_dtype), was, norm_type)
+        coef = 1.0 if max_norm in (None, INF) else coefficient(max_norm, want, norm)
+        for grad, old_grad in zip(now, was, strict=True):
+            if not 0 < abs(coef) < 1.4e-76:
+                oracle.check_scaled(grad, old_grad, coef, 2e-6)
+
+
+def clip_grad_adaptive_(given, random):
+    """Weights of all orders of magnitude beside the gradients."""
+    if given.is_shared:
+        return
+    norm_type, clipping, eps = float(norm_type_of(random)), 10.0 ** random.uniform(-4, 1), 10.0 ** random.uniform(-6, 0)
+    parameters, before = [], given.as_before()
+    old = iter(before)
+    for grad in given.grads:
+        like = torch.zeros(()) if grad is None else next(old)
+        weight = torch.from_numpy(np.asarray(random.standard_normal(like.shape))).to(like.dtype)
+        size = like.abs().double().nan_to_num(1, 1).mean().clamp(1e-30, 1e30).item() if like.numel() else 1.0
+        weight = weight * (size * 10.0 ** random.uniform(-2, 6))
+        if weight.numel() and random.random() < 0.05:
+            weight.view(-1)[random.integers(weight.numel())] = [INF, NAN, 0.0][random.integers(3)]
+        if weight.ndim > 1 and random.random() < 0.3:
+            weight = weight.transpose(0, -1).contiguous().transpose(0, -1)
+        parameters.append(torch.nn.Parameter(weight))
+        parameters[-1].grad = grad
+    native = fastclip.counters()["native"]
+    result = outcome(fastclip.clip_grad_adaptive_, container_of(random, parameters), clipping, eps, norm_type=norm_type)
+    if raises_instead(given, result):
+        return
+    given.check_surroundings()
+    if fastclip.counters()["native"] == native and any((g.abs() > 1e150).any() for g in before):
+        return  # torch's norms of transposed float64 gradients overflow
+    present = [parameter for parameter in parameters if parameter.grad is not None]
+    for parameter, was in zip(present, before, strict=True):
+        if was.numel() == 0:
+            continue
+        for weight, now, old_grad in zip(units(parameter), units(parameter.grad), units(was), strict=True):
+            coef = coefficient_of_unit(weight, old_grad, clipping, eps, norm_type)
+            if not 0 < abs(coef) < 1.4e-76:
+                oracle.check_scaled(now, old_grad, coef, 3e-6)
+
+
 CHECKS = [
     clip_grad_norm_,
     clip_with_statistics,
@@ -276,5 +413,9 @@ CHECKS = [
     prepare_step,
     clipped_optimizer,
     other_norm_types,
+    clip_with_a_policy,
+    clip_with_nonfinite,
+    clip_grad_norms_,
+    clip_grad_adaptive_,
 ]
-WEIGHTS = [0.33, 0.12, 0.11, 0.13, 0.17, 0.09, 0.04, 0.01]
+WEIGHTS = [0.2, 0.1, 0.08, 0.1, 0.13, 0.09, 0.04, 0.01, 0.05, 0.08, 0.08, 0.04]

@@ -260,8 +260,6 @@ class _Gradients:
 
     def _local_statistics(self, tensors: list[Tensor], p: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """The norm, as _local_norm has it, and the rows of GradStatistics; from one pass."""
-        if not tensors:
-            return self._local_norm(tensors, p, device), by_torch(tensors, p).to(device)
         both: Any = _C.norm_and_statistics_of(tensors, p) if _C else self.fallback_reason
         if type(both) is not str:
             return both[0].to(device), both[1].to(device)

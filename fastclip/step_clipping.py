@@ -352,10 +352,10 @@ class StepClipping:
         grads = [p.grad for p in parameters if p.grad is not None]
         result: Any = "norm_type"
         if _C and float(self.norm_type) in (1, 2, float("inf")):
-            result = _C.norm_and_statistics_of(grads, float(self.norm_type)) if grads else None
-        if result is not None and type(result) is not str:
+            result = _C.norm_and_statistics_of(grads, float(self.norm_type))
+        if type(result) is not str:
             return result[1]
-        if result is not None:
+        if grads:
             count_fallback(result)
         return statistics_by_torch(grads, self.norm_type)
 

@@ -26,5 +26,5 @@ def measure(parameters: Sequence[Tensor], statistics: GradStatistics) -> None:
     """Fills statistics, with L2 norms, in a pass that changes nothing."""
     # What is no tensor is the caller's mistake: the clipping that follows says so.
     grads = [grad for p in parameters if (grad := getattr(p, "grad", None)) is not None]
-    result = _C.norm_and_statistics_of(grads, 2.0) if _C and grads else None
+    result = _C.norm_and_statistics_of(grads, 2.0) if _C else None
     statistics.values = result[1] if isinstance(result, tuple) else by_torch(grads, 2.0)

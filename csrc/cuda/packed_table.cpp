@@ -73,7 +73,7 @@ std::mutex ownerless_mutex;
 std::vector<std::unique_ptr<c10::DataPtr>>& ownerless = *new std::vector<std::unique_ptr<c10::DataPtr>>;
 
 void upload(const PackedTable& table, void* memory, c10::cuda::CUDAStream stream) {
-  // torch's pinned memory is used again only after the event that record_event() leaves in the stream.
+  // torch's pinned memory is used again only after the event that recordEvent leaves in the stream.
   // Deprecated in torch 2.14, but what replaces it is not in 2.7.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"

@@ -1,23 +1,14 @@
 // Tests of tensor_table.{h,cpp} and clip_math.h: one case for each name that the command line may have.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
 
+#include "check.h"
 #include "clip_math.h"
 #include "tensor_table.h"
 
 using namespace fastclip;
-
-#define CHECK(condition)                                                \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
-      std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
-      std::exit(1);                                                     \
-    }                                                                   \
-  } while (0)
 
 namespace {
 

@@ -3,23 +3,14 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <random>
 
 #include "backend.h"
+#include "check.h"
 #include "cpu/dispatch.h"
 
 using namespace fastclip;
-
-#define CHECK(condition)                                                \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
-      std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
-      std::exit(1);                                                     \
-    }                                                                   \
-  } while (0)
 
 namespace {
 

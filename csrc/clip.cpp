@@ -173,7 +173,7 @@ void Gradients::refuse(const at::TensorImpl& grad, Added added, const char* argu
               "]: expected a gradient with memory for its elements, got ", grad.unsafe_storage().nbytes(),
               " bytes of storage");
   TORCH_CHECK_TYPE(false, argument, "[", index, "]: expected a floating-point gradient, got ", "torch.",
-                   c10::getDtypeNames(grad.dtype().toScalarType()).first);
+                   c10::getDtypeNames(c10::typeMetaToScalarType(grad.dtype())).first);
 }
 
 void Gradients::own_all() {

@@ -4,10 +4,10 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/core/Scalar.h>
 #include <c10/core/ScalarTypeToTypeMeta.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <c10/util/TypeCast.h>
 
 #include <algorithm>
 #include <cmath>
@@ -187,9 +187,10 @@ void Gradients::own_all() {
 }
 
 void Gradients::check_clip_value(double clip_value) const {
-  if (has(DType::F16)) c10::checked_convert<at::Half>(clip_value, "c10::Half");
-  if (has(DType::BF16)) c10::checked_convert<at::BFloat16>(clip_value, "c10::BFloat16");
-  if (has(DType::F32)) c10::checked_convert<float>(clip_value, "float");
+  const at::Scalar limit(clip_value);  // torch's own conversion: how its error names the type depends on its version
+  if (has(DType::F16)) limit.toHalf();
+  if (has(DType::BF16)) limit.toBFloat16();
+  if (has(DType::F32)) limit.toFloat();
 }
 
 double total_norm(const Group& group, NormType type) {

@@ -81,7 +81,8 @@ TABLE = [(row, name) for row in ROWS for name in (CALLS if "clip(" in row.call.r
 
 # Errors of torch itself that its older versions word otherwise.
 OLDER = {
-    "_foreach_norm cannot compute the infinity norm on an empty tensor…": "linalg.vector_norm cannot compute the inf norm…"
+    "_foreach_norm cannot compute the infinity norm on an empty tensor…": "linalg.vector_norm cannot compute the inf…",
+    "value cannot be converted to type c10::Half without overflow": "value cannot be converted to type at::Half…",
 }
 
 

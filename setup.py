@@ -82,6 +82,7 @@ if __name__ == "__main__":
 
     # A placeholder makes setuptools build a platform wheel; torch is imported only when the extension is built.
     setup(
+        license="BSD-3-Clause",
         ext_modules=[Extension("fastclip._C", [])],
         cmdclass={"build_ext": BuildOrExplain, "build_py": BuildWithSources},
     )

@@ -2,10 +2,10 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/core/Scalar.h>
 #include <c10/core/ScalarTypeToTypeMeta.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <c10/util/TypeCast.h>
 
 namespace fastclip {
 namespace {
@@ -135,7 +135,7 @@ void Gradients::refuse(const at::TensorImpl& grad, Added added, const char* argu
               "]: expected a gradient with memory for its elements, got ", grad.unsafe_storage().nbytes(),
               " bytes of storage");
   TORCH_CHECK_TYPE(false, argument, "[", index, "]: expected a floating-point gradient, got ", "torch.",
-                   c10::getDtypeNames(grad.dtype().toScalarType()).first);
+                   c10::getDtypeNames(c10::typeMetaToScalarType(grad.dtype())).first);
 }
 
 void Gradients::own_all() {
@@ -149,9 +149,10 @@ void Gradients::own_all() {
 }
 
 void Gradients::check_clip_value(double clip_value) const {
-  if (has(DType::F16)) c10::checked_convert<at::Half>(clip_value, "c10::Half");
-  if (has(DType::BF16)) c10::checked_convert<at::BFloat16>(clip_value, "c10::BFloat16");
-  if (has(DType::F32)) c10::checked_convert<float>(clip_value, "float");
+  const at::Scalar limit(clip_value);  // torch's own conversion: how its error names the type depends on its version
+  if (has(DType::F16)) limit.toHalf();
+  if (has(DType::BF16)) limit.toBFloat16();
+  if (has(DType::F32)) limit.toFloat();
 }
 
 }  // namespace fastclip

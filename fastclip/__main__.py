@@ -15,6 +15,15 @@ from fastclip.patching import seconds_spent
 if TYPE_CHECKING:
     from fastclip.health.unattended import Monitoring
 
+INTERRUPTED = 130  # as shells have it
+BUILD = f"""
+from fastclip import _build
+try:
+    print(f"fastclip: built {{_build.build()}}")
+except KeyboardInterrupt:
+    raise SystemExit({INTERRUPTED})
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fastclip", description="Gradient clipping for PyTorch.")
@@ -85,16 +94,22 @@ def run(program: str, arguments: list[str], is_module: bool, monitoring: "Monito
 
 def build() -> int:
     """Compiles the extension in a process of its own, since one that is loaded already cannot be loaded again."""
-    code = "from fastclip import _build; print(f'fastclip: built {_build.build()}')"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "FASTCLIP_FORCE": "torch"})
-    if done.returncode:
+    process = subprocess.Popen([sys.executable, "-c", BUILD], env={**os.environ, "FASTCLIP_FORCE": "torch"})
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the terminal interrupts the other one too: it stops the compilers
+        process.wait()
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        print("fastclip: interrupted; the same command goes on with what is not compiled yet", file=sys.stderr)
+    elif status:
         print(
             "fastclip: the extension could not be built, see above. It needs a C++17 compiler (Debian: g++), ninja "
             "(pip install ninja), Python's headers (Debian: python3-dev) and, for the CUDA part, nvcc; "
             "FASTCLIP_CUDA=0 leaves that out.",
             file=sys.stderr,
         )
-    return done.returncode
+    return status
 
 
 def _page(path: str) -> Path:

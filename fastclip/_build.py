@@ -3,6 +3,7 @@
 Beside each extension lies a record of what it was built for, so that one that is of another torch is never loaded.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -188,14 +189,56 @@ def packaged() -> Path:
 def cached() -> Path:
     """Where `python -m fastclip build` puts the extension: in the cache that torch has for extensions."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # as it is for a user without a home
     here = target()
     name = f"fastclip-{here['fastclip']}-{digest()}-torch-{here['torch']}-{here['python']}"
     return Path(root or Path(cache, "torch_extensions")) / name / ("_C.pyd" if sys.platform == "win32" else "_C.so")
 
 
+@contextlib.contextmanager
+def only_builder(folder: Path):
+    """Makes the folder, and waits until no other process builds in it. The system frees this lock when its process
+    ends, however that ends; torch's is a file, and one that a killed build left would be waited for without end."""
+    try:
+        if not folder.is_absolute():
+            raise OSError("this user has no home directory")
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "building", "w")  # noqa: SIM115
+    except OSError as error:
+        raise SystemExit(
+            f"fastclip: expected a folder to build in that can be written, got {folder} ({error}): "
+            "set TORCH_EXTENSIONS_DIR to another"
+        ) from error
+    with file:
+        try:
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"fastclip: waiting for another build in {folder}", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks: torch's lock remains
+        yield
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells whether a file was written anew; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
 def build() -> Path:
-    """Compiles the extension for the torch at hand, with torch's own builder, cache and lock, and loads it once."""
+    """Compiles the extension for the torch at hand, with torch's own builder and cache, and loads it once.
+
+    Raises SystemExit where there is no folder to build in, and what the builder raises. An extension that was there
+    before, and that a build which failed has not touched, stays in use.
+    """
     home = cuda_home()
     if home:
         os.environ["CUDA_HOME"] = home  # read by torch.utils.cpp_extension when it is imported
@@ -204,18 +247,27 @@ def build() -> Path:
     from torch.utils import cpp_extension
 
     extension = cached()
-    extension.parent.mkdir(parents=True, exist_ok=True)
-    parts = plan(home, extension.parent)
-    record_of(extension).unlink(missing_ok=True)  # what is left of a build that was broken off is not loaded
-    cpp_extension.load(
-        name="_C",
-        sources=[str(path) for path in parts["sources"]],
-        extra_cflags=parts["cxx"],
-        extra_cuda_cflags=parts["nvcc"],
-        extra_ldflags=[f"-L{directory}" for directory in parts["library_dirs"]],
-        build_directory=str(extension.parent),
-        with_cuda=parts["cuda"],
-        verbose=True,
-    )
-    write_record(extension, parts["cuda"])
+    with only_builder(extension.parent):
+        parts = plan(home, extension.parent)
+        before, record = identity(extension), record_of(extension)
+        text = record.read_text() if record.exists() else None
+        record.unlink(missing_ok=True)  # what is left of a build that was broken off is not loaded
+        what = f"{len(parts['sources'])} files, {'with' if parts['cuda'] else 'without'} the CUDA part"
+        print(f"fastclip: compiling {what}, in {extension.parent}", file=sys.stderr, flush=True)
+        try:
+            cpp_extension.load(
+                name="_C",
+                sources=[str(path) for path in parts["sources"]],
+                extra_cflags=parts["cxx"],
+                extra_cuda_cflags=parts["nvcc"],
+                extra_ldflags=[f"-L{directory}" for directory in parts["library_dirs"]],
+                build_directory=str(extension.parent),
+                with_cuda=parts["cuda"],
+                verbose=True,
+            )
+        except BaseException:
+            if text is not None and identity(extension) == before:
+                record.write_text(text)
+            raise
+        write_record(extension, parts["cuda"])
     return extension

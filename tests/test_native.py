@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from support import ROOT
@@ -114,3 +116,92 @@ def test_forced(copy):
     assert done.stdout == "{'FASTCLIP_FORCE=torch': 1}\n", done.stderr
     done = python("-c", SHOW, cwd=ROOT, env={"FASTCLIP_FORCE": "Native"})
     assert done.stderr.splitlines()[-1] == "ValueError: FASTCLIP_FORCE: expected native or torch, got 'Native'"
+
+
+def test_a_user_without_a_home_imports_and_is_told_what_to_set(monkeypatch):
+    def unknown(user):
+        raise KeyError(user)
+
+    for name in ("HOME", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert not _build.cached().is_absolute() and not _build.cached().exists()
+    with pytest.raises(SystemExit, match=r"no home directory.*: set TORCH_EXTENSIONS_DIR"):
+        _build.build()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match=f"can be written, got {tmp_path}/file/fastclip.*: set TORCH_EXTENSIONS_DIR"):
+        _build.build()
+
+
+WAIT_FOR_THE_OTHER = """
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("build", sys.argv[1])
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+with build.only_builder(pathlib.Path(sys.argv[2])):
+    print("alone")
+"""
+
+
+def test_one_build_waits_for_another_and_never_for_a_dead_one(tmp_path):
+    lock = tmp_path / "lock"  # torch's
+    lock.touch()
+    with _build.only_builder(tmp_path):
+        assert not lock.exists()
+        lock.touch()
+        command = [sys.executable, "-c", WAIT_FOR_THE_OTHER, _build.__file__, str(tmp_path)]
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert other.stderr.readline() == f"fastclip: waiting for another build in {tmp_path}\n"
+        assert lock.exists() and other.poll() is None
+    assert other.communicate(timeout=60)[0] == "alone\n" and not lock.exists()
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_build_that_fails_leaves_in_use_what_it_did_not_touch(tmp_path, monkeypatch, touched):
+    def load(**arguments):
+        assert _build.mismatch(path).endswith("has no record of what it was built for")
+        if touched:
+            path.write_text("half of it")
+        raise RuntimeError("Error building extension")
+
+    monkeypatch.setenv("FASTCLIP_CUDA", "0")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    path = put(_build.cached(), "an extension")
+    with pytest.raises(RuntimeError, match="Error building"):
+        _build.build()
+    assert (_build.mismatch(path) is None) == (not touched)
+
+
+def test_the_command_interrupted(copy):
+    compiler = copy / "c++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$1" in -v|--version|-dump*) exec c++ "$@";; esac\necho started >&2; exec sleep 60\n'
+    )
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler), "FASTCLIP_CUDA": "0", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "fastclip", "build"]
+    process = subprocess.Popen(
+        command,
+        cwd=copy,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    lines = iter(process.stderr.readline, "")
+    assert any(line.startswith("fastclip: compiling ") for line in lines)
+    (folder,) = (copy / "cache").iterdir()
+    while process.poll() is None and not (folder / "build.ninja").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in rest, rest
+    assert rest.endswith("fastclip: interrupted; the same command goes on with what is not compiled yet\n")
+    assert not (folder / "lock").exists()

@@ -6,6 +6,7 @@ import inspect
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -560,6 +561,7 @@ def test_schedulers_without_a_warning(number, fold):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step")  # torch 2.6: its SequentialLR's own
         model = make_model()
         got = train(ClippedOptimizer(SGD(model.parameters(), 0.01, momentum=0.9, fused=True), INF, fold=fold))
         after = weights(model)
@@ -730,6 +732,7 @@ def test_compiled_steps(make, inside):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's fully_shard needs a GPU")
 def test_a_sharded_model():
     code = """
 import torch, fastclip
@@ -789,7 +792,7 @@ def test_nothing_of_a_step_is_kept_alive():
     model, optimizer = adamw()
     backward(model)
     optimizer.step()
-    grads = [p.grad for p in model.parameters()]
+    grads = [weakref.ref(p.grad) for p in model.parameters()]
     optimizer.zero_grad()
     gc.collect()
-    assert all(len(gc.get_referrers(grad)) <= 1 for grad in grads)
+    assert [grad() for grad in grads] == [None] * len(grads)

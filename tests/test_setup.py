@@ -125,6 +125,9 @@ def test_a_source_archive_is_made_without_torch_and_has_all_that_a_build_needs(t
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
+        (metadata,) = (name for name in file.getnames() if name.count("/") == 1 and name.endswith("/PKG-INFO"))
+        assert "\nLicense: BSD-3-Clause\n" in file.extractfile(metadata).read().decode()
+    assert "SetuptoolsDeprecationWarning" not in done.stderr + done.stdout
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {path.rpartition(".")[2] for path in sources} == {"cpp", "h", "cu", "cuh"}
     needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "fastclip/_build.py", "tests/oracle.py"}

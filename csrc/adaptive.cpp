@@ -31,6 +31,7 @@ std::string why_not_adaptive(const Gradients& weights, const Gradients& grads, d
     if (!list->fallback_reason().empty()) return list->fallback_reason();
   }
   if (!fused_norm_type(norm_type)) return "norm_type";
+  if (weights.groups().size() != grads.groups().size()) return "weights on other devices";
   for (size_t i = 0; i < grads.groups().size(); ++i) {
     const Group &of_weights = weights.groups()[i], &of_grads = grads.groups()[i];
     if (!fits(of_weights, of_grads)) return "units with gaps";

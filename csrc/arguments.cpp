@@ -259,7 +259,7 @@ std::pair<Gradients, Gradients> collected_with_weights(py::handle list) {
       add_by_attribute(grads, item.ptr(), Items::Parameters, "parameters", i);
     }
     if (grads.count() == before) continue;
-    weights.add(tensor.unsafeGetTensorImpl(), "parameters", i);
+    weights.add(tensor.unsafeGetTensorImpl(), "parameters", i, "weight");
     if (!has_exact_type(item.ptr())) weights.keep(tensor);
   }
   return result;

@@ -130,11 +130,10 @@ Gradients::Added Gradients::add(at::TensorImpl* grad) {
   return Added::Yes;
 }
 
-void Gradients::refuse(const at::TensorImpl& grad, Added added, const char* argument, int64_t index) {
-  TORCH_CHECK(added != Added::NoMemory, argument, "[", index,
-              "]: expected a gradient with memory for its elements, got ", grad.unsafe_storage().nbytes(),
-              " bytes of storage");
-  TORCH_CHECK_TYPE(false, argument, "[", index, "]: expected a floating-point gradient, got ", "torch.",
+void Gradients::refuse(const at::TensorImpl& grad, Added added, const char* argument, int64_t index, const char* what) {
+  TORCH_CHECK(added != Added::NoMemory, argument, "[", index, "]: expected a ", what,
+              " with memory for its elements, got ", grad.unsafe_storage().nbytes(), " bytes of storage");
+  TORCH_CHECK_TYPE(false, argument, "[", index, "]: expected a floating-point ", what, ", got ", "torch.",
                    c10::getDtypeNames(c10::typeMetaToScalarType(grad.dtype())).first);
 }
 

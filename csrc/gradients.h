@@ -47,10 +47,10 @@ class Gradients {
   Added add(at::TensorImpl* grad);
   // The same for item `index` of the argument: throws a TypeError for NotFloating, a RuntimeError for NoMemory.
   void add(at::TensorImpl* grad, int64_t index) { add(grad, argument_, index); }
-  // Of another argument.
-  void add(at::TensorImpl* grad, const char* argument, int64_t index) {
+  // Of another argument; what: the word for it in the error.
+  void add(at::TensorImpl* grad, const char* argument, int64_t index, const char* what = "gradient") {
     const Added added = add(grad);
-    if (added != Added::Yes && added != Added::Fallback) refuse(*grad, added, argument, index);
+    if (added != Added::Yes && added != Added::Fallback) refuse(*grad, added, argument, index, what);
   }
   // Says that item `index` of the argument has no gradient.
   void pass_over(int64_t index) { passed_over_.push_back(index); }
@@ -85,7 +85,8 @@ class Gradients {
     return !groups_.empty() && groups_[0].device == device ? groups_[0] : other_group_on(device);
   }
   Group& other_group_on(c10::Device device);
-  [[noreturn]] static void refuse(const at::TensorImpl& grad, Added added, const char* argument, int64_t index);
+  [[noreturn]] static void refuse(const at::TensorImpl& grad, Added added, const char* argument, int64_t index,
+                                  const char* what);
 
   Access access_;
   size_t expected_;

@@ -8,6 +8,7 @@ from fastclip import watching
 from fastclip._native import _C, NOT_BUILT
 from fastclip.clip import Tensors, _parameters_of
 from fastclip.counters import count_fallback
+from fastclip.distributed import is_dtensor, replicated
 
 
 def clip_grad_adaptive_(
@@ -24,6 +25,11 @@ def clip_grad_adaptive_(
 
     The paper does not clip the last, linear layer: leave it out of ``parameters``.
 
+    Of DTensors (FSDP2, tensor parallelism) units are those of the whole tensor, whichever way it is sharded: torch's
+    operations do such a call, with a small all-reduce for each parameter whose units are spread over ranks (under FSDP2
+    the biases and gains). All ranks have to call, with the same parameters. The flat shards that FSDP1 hands out have
+    no units any more: use FSDP2.
+
     A unit with NaN in its weight or gradient becomes NaN. One with inf in its gradient becomes 0, and NaN where it was
     infinite; all NaN where its weight has inf too. A weight with inf does not limit a finite gradient.
 
@@ -38,7 +44,10 @@ def clip_grad_adaptive_(
     Raises:
         TypeError: an item is not a tensor, or its gradient is sparse or not of a floating-point dtype; the message has
             its index. ``clipping``, ``eps`` or ``norm_type`` is not a number. Nothing is modified then.
-        ValueError: ``clipping`` or ``eps`` is negative or NaN.
+        ValueError: ``clipping`` or ``eps`` is negative or NaN. A parameter has another shape than its gradient (its
+            ``data`` has been replaced).
+        RuntimeError: a weight or gradient has lost its memory; or, as in torch, a gradient cannot be written in place
+            because several of its elements share one place in memory. Nothing is modified then.
     """
     if is_dynamo_compiling():
         return _outside_the_graph(parameters, clipping, eps, norm_type)
@@ -78,29 +87,63 @@ def _not_negative(given: float, argument: str) -> float:
 def _by_torch(parameters: list[Tensor], clipping: float, eps: float, norm_type: float) -> None:
     """The same with torch's operations, one parameter after the other."""
     for index, parameter in enumerate(parameters):
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameters[{index}]: expected a torch.Tensor, got {type(parameter).__name__}")
-        grad = parameter.grad
-        if grad is None:
-            continue
-        if grad.layout != torch.strided:
-            raise TypeError(f"parameters[{index}]: expected a gradient of layout torch.strided, got {grad.layout}")
-        if not (grad.is_floating_point() or grad.is_complex()):
-            raise TypeError(f"parameters[{index}]: expected a floating-point gradient, got {grad.dtype}")
+        _check(parameter, index)
     for parameter in parameters:
         grad = parameter.grad
-        if grad is None or grad.numel() == 0:
+        if parameter.numel() == 0:
             continue
-        max_norm = clipping * _unit_norms(parameter, norm_type).clamp(min=eps)
-        grad_norm = _unit_norms(grad, norm_type)
-        clipped = grad * (max_norm / grad_norm.clamp(min=1e-6))
-        grad.copy_(torch.where(grad_norm < max_norm, grad, clipped))
+        if grad is None:
+            if is_dtensor(parameter) and parameter.requires_grad:  # other ranks may have it, and wait for this one
+                _unit_coefs(parameter, torch.zeros_like(parameter), clipping, eps, norm_type)
+            continue
+        coefs = _unit_coefs(parameter, grad, clipping, eps, norm_type)
+        wide = grad.to(_wide(grad))
+        grad.copy_(torch.where(coefs == 1, wide, wide * coefs))
+
+
+def _check(parameter: Tensor, index: int) -> None:
+    """Raises what would be an error, or wrong, once other gradients have been written."""
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"parameters[{index}]: expected a torch.Tensor, got {type(parameter).__name__}")
+    grad = parameter.grad
+    if grad is None:
+        return
+    if grad.layout != torch.strided:
+        raise TypeError(f"parameters[{index}]: expected a gradient of layout torch.strided, got {grad.layout}")
+    if not (grad.is_floating_point() or grad.is_complex()):
+        raise TypeError(f"parameters[{index}]: expected a floating-point gradient, got {grad.dtype}")
+    if parameter.shape != grad.shape:
+        raise ValueError(
+            f"parameters[{index}]: expected a weight of its gradient's shape {tuple(grad.shape)}, "
+            f"got {tuple(parameter.shape)}"
+        )
+    check_writable(grad)
+
+
+def check_writable(grad: Tensor) -> None:
+    """Raises the error of torch's in-place operations where elements share memory, without writing anything."""
+    if any(stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
+        grad.mul_(1)
+
+
+def _unit_coefs(weight: Tensor, grad: Tensor, clipping: float, eps: float, norm_type: float) -> Tensor:
+    """What each unit is multiplied by, in float64, of a shape that broadcasts with the gradient."""
+    max_norm = clipping * _unit_norms(weight, norm_type).clamp(min=eps)
+    grad_norm = _unit_norms(grad, norm_type)
+    coefs = torch.where(grad_norm < max_norm, 1.0, max_norm / grad_norm.clamp(min=1e-6))
+    if is_dtensor(coefs) and weight.placements != grad.placements:
+        coefs = replicated(coefs)  # goes with a gradient of any layout
+    return coefs
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """In which norms and products are computed."""
+    if tensor.is_complex():
+        return torch.complex128
+    return torch.float32 if tensor.device.type == "mps" else torch.float64  # mps has no float64
 
 
 def _unit_norms(tensor: Tensor, norm_type: float) -> Tensor:
     """Norms of a tensor's units in float64, of a shape that broadcasts with it."""
     dims = None if tensor.ndim <= 1 else tuple(range(1, tensor.ndim))
-    if tensor.device.type == "mps":  # has no float64
-        return torch.linalg.vector_norm(tensor.float(), norm_type, dim=dims, keepdim=dims is not None)
-    dtype = torch.complex128 if tensor.is_complex() else torch.float64
-    return torch.linalg.vector_norm(tensor, norm_type, dim=dims, keepdim=dims is not None, dtype=dtype)
+    return torch.linalg.vector_norm(tensor.to(_wide(tensor)), norm_type, dim=dims, keepdim=dims is not None)

@@ -464,6 +464,10 @@ def _is_partial(grad: Tensor) -> "TypeGuard[DTensor]":
     return is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements)
 
 
+def replicated(tensor: "DTensor") -> "DTensor":
+    return tensor.redistribute(placements=[_dtensor_module().Replicate()] * tensor.device_mesh.ndim)
+
+
 def _without_partial(grad: "DTensor") -> Tensor:
     """A copy whose pending reductions are done. torch does the same, for one gradient after the other."""
     replicate = _dtensor_module().Replicate()

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastclip import watching
 from fastclip._native import _C, NOT_BUILT
-from fastclip.adaptive import number
+from fastclip.adaptive import check_writable, number
 from fastclip.clip import Tensors, _as_sequence, clip_grads_with_norm_, get_total_norm
 from fastclip.counters import count_fallback
 
@@ -42,8 +42,8 @@ def clip_grad_norms_(
         gradients' dtypes and at least float32. 0 for a group without gradients.
 
     Raises:
-        TypeError: an item is not a tensor, or its gradient is not of a floating-point dtype; the message has both
-            indices. A threshold is not a number; the message has its index.
+        TypeError: ``groups`` is a tensor. An item is not a tensor, or its gradient is not of a floating-point dtype;
+            the message has both indices. A threshold is not a number; the message has its index.
         ValueError: there are not as many thresholds as groups, or a parameter is in two groups, which are named.
         RuntimeError: a norm is not finite and ``error_if_nonfinite`` is set.
     """
@@ -80,6 +80,8 @@ def _members(group: Any) -> Sequence[Tensor]:
 
 
 def _as_groups(given: Any) -> list[Any]:
+    if isinstance(given, Tensor):  # iterating it would make a group of each row
+        raise TypeError("groups: expected an iterable of groups, got a tensor")
     groups = list(_as_sequence(given, "groups"))
     if _PLAIN.issuperset(map(type, groups)):
         return groups
@@ -125,6 +127,9 @@ def _one_by_one(
                     f"groups: expected each parameter in one group, got one in groups[{owner}] and groups[{g}]"
                 )
     grads = [[p.grad for p in _members(group) if p.grad is not None] for group in groups]
+    for of_group in grads:
+        for grad in of_group:
+            check_writable(grad)
     norms = [get_total_norm(of_group, norm_type) for of_group in grads]
     plain = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     if error_if_nonfinite:

@@ -1,11 +1,12 @@
 """clip_grad_adaptive_ against the formula in float64: shapes, dtypes, layouts, threads, edges, errors."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from cuda_support import watch
-from oracle import check_scaled, total_norm
+from oracle import check_scaled
 from support import DTYPES, INF, NAN, dtypes, norm_types
 
 import fastclip
@@ -27,14 +28,16 @@ def make(shape, dtype=torch.float32, grad_dtype=None, scale=1.0, device="cpu"):
 
 
 def units(tensor):
+    """A row for each unit."""
     tensor = tensor.detach().cpu()
-    return list(tensor) if tensor.ndim > 1 else [tensor]
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, tensor.numel())
 
 
-def coefficient(weight, grad, clipping, eps, norm_type):
-    max_norm = clipping * max(total_norm([weight], norm_type), eps)
-    norm = total_norm([grad], norm_type)
-    return 1.0 if norm < max_norm else max_norm / max(norm, 1e-6)
+def coefficients(weight, grad, clipping, eps, norm_type):
+    """Those of all units, in float64, whose range is enough for the squares of these tests."""
+    weight_norm, norm = (torch.linalg.vector_norm(x.double(), norm_type, dim=1, keepdim=True) for x in (weight, grad))
+    max_norm = clipping * weight_norm.clamp(min=eps)
+    return torch.where(norm < max_norm, 1.0, max_norm / norm.clamp(min=1e-6))
 
 
 def check(parameters, clipping=0.01, eps=1e-3, norm_type=2.0, native=True):
@@ -46,12 +49,14 @@ def check(parameters, clipping=0.01, eps=1e-3, norm_type=2.0, native=True):
         assert torch.equal(parameter.detach(), weight)
         if was is None:
             continue
-        for w, after, g in zip(units(weight), units(parameter.grad), units(was), strict=True):
-            coef = coefficient(w, g, clipping, eps, norm_type)
-            clipped += coef != 1
-            check_scaled(after, g, coef, tolerance=3e-6)
-            if coef == 1:
-                assert torch.equal(after, g)
+        w, after, g = units(weight), units(parameter.grad), units(was)
+        if not g.numel():
+            continue
+        coef = coefficients(w, g, clipping, eps, norm_type)
+        clipped += (coef != 1).sum().item()
+        check_scaled(after, g, coef, tolerance=3e-6)
+        within = coef[:, 0] == 1
+        assert torch.equal(after[within], g[within])
     assert (fastclip.counters()["native"] > 0) is native
     return clipped
 
@@ -130,11 +135,11 @@ def test_gradients_that_share_memory_are_clipped_in_turn():
     assert fastclip.counters()["fallback_reasons"] == {"gradients that share memory": 1}
 
 
-def reference(parameters, clip_factor=0.01, eps=1e-3):
+def reference(parameters, clip_factor=0.01, eps=1e-3, norm_type=2):
     """The reference formula, written out for one dtype."""
     for p in parameters:
         dims = tuple(range(1, p.ndim)) if p.ndim > 1 else None
-        norms = [torch.linalg.vector_norm(x.detach(), dim=dims, keepdim=p.ndim > 1) for x in (p, p.grad)]
+        norms = [torch.linalg.vector_norm(x.detach(), norm_type, dim=dims, keepdim=p.ndim > 1) for x in (p, p.grad)]
         max_norm = norms[0].clamp(min=eps) * clip_factor
         p.grad.copy_(torch.where(norms[1] < max_norm, p.grad, p.grad * (max_norm / norms[1].clamp(min=1e-6))))
 
@@ -231,6 +236,116 @@ def test_numbers(name):
             fastclip.clip_grad_adaptive_([make((2, 3))], **{name: given})
     parameter = make((2, 3))
     check([parameter], **{name: torch.tensor(0.25)})
+
+
+@dtypes
+@pytest.mark.parametrize("exponent", [-19, -26, -33])
+def test_coefficients_beyond_float32(device, dtype, exponent):
+    """Coefficients down to 3e-75 are applied as two factors; in float32 the products are normal numbers."""
+    largest = 6e4 if dtype == torch.float16 else 1e38
+    parameter = torch.nn.Parameter(torch.zeros(2, 9, dtype=dtype, device=device))
+    parameter.grad = torch.full((2, 9), largest, dtype=dtype, device=device)
+    check([parameter], 10.0**exponent, 1e-3)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 1), (4, 4), (3, 4, 1)])
+def test_weights_of_another_shape_are_an_error(shape, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("fastclip.adaptive._C", None)
+    first, second = make((4, 5)), make((3, 4))
+    before = [first.grad.clone(), second.grad.clone()]
+    second.data = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"parameters\[1\]: expected a weight of its gradient's shape \(3, 4\), got"):
+        fastclip.clip_grad_adaptive_([first, second])
+    assert torch.equal(first.grad, before[0]) and torch.equal(second.grad, before[1])
+
+
+def test_a_weight_that_has_lost_its_memory_is_named():
+    first, second = make((4, 5)), make((3, 4))
+    before = first.grad.clone()
+    second.data.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"parameters\[1\]: expected a weight with memory for its elements, got 0"):
+        fastclip.clip_grad_adaptive_([first, second])
+    assert torch.equal(first.grad, before)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_expanded_gradients_modify_nothing(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("fastclip.adaptive._C", None)
+    first, second = make((4, 5)), torch.nn.Parameter(torch.ones(3, 4))
+    second.grad = torch.ones(1, 4).expand(3, 4)
+    before = first.grad.clone()
+    with pytest.raises(RuntimeError, match="refers to a single memory location"):
+        fastclip.clip_grad_adaptive_([first, second])
+    assert torch.equal(first.grad, before)
+
+
+def test_float8_goes_through_torch():
+    parameter = torch.nn.Parameter(torch.ones(3, 8).to(torch.float8_e4m3fn))
+    parameter.grad = torch.full((3, 8), 2.0).to(torch.float8_e4m3fn)
+    fastclip.clip_grad_adaptive_([parameter], 0.25)
+    assert parameter.grad.float().eq(0.25).all()
+
+
+def full(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def check_dtensors(norm_type):
+    """Every layout of weight and gradient: those of the whole tensors, on every rank."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    layouts = [Shard(0), Shard(1), Replicate()]
+    for shape in [(5, 6), (7,), (), (3, 4, 2, 2)]:
+        for of_weight, of_grad in itertools.product(layouts, [*layouts, Partial(), Partial("avg")]):
+            if any(isinstance(p, Shard) and p.dim >= len(shape) for p in (of_weight, of_grad)):
+                continue
+            whole = make(shape)
+            parameter = torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [of_weight]))
+            if isinstance(of_grad, Partial):
+                part = whole.grad * (0.5 + rank) / (2 if of_grad.reduce_op == "sum" else 1)  # 1/4 + 3/4, 1/2 and 3/2
+                parameter.grad = DTensor.from_local(part, mesh, [of_grad])
+            else:
+                parameter.grad = distribute_tensor(whole.grad, mesh, [of_grad])
+            reference([whole], norm_type=norm_type)
+            fastclip.clip_grad_adaptive_([parameter], norm_type=norm_type)
+            assert parameter.grad.placements == (of_grad,)
+            torch.testing.assert_close(full(parameter.grad), whole.grad, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("norm_type", [1, 2, INF])
+def test_units_of_dtensors(two, norm_type):
+    two.run(check_dtensors, norm_type)
+
+
+def check_fsdp():
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    def model():
+        torch.manual_seed(1)
+        return torch.nn.Sequential(torch.nn.Conv1d(3, 5, 3), torch.nn.Flatten(), torch.nn.Linear(30, 7))
+
+    mine, alone = model(), model()
+    fully_shard(mine, mesh=init_device_mesh("cpu", (2,)))
+    for each in (mine, alone):
+        each(torch.ones(2, 3, 8)).square().sum().backward()
+    parameters = list(mine.parameters())
+    if dist.get_rank() == 1:  # a rank without a gradient goes to the same collectives
+        parameters[3].grad = None
+    reference(alone.parameters())
+    fastclip.clip_grad_adaptive_(parameters)
+    for parameter, whole in zip(parameters[:3], alone.parameters(), strict=False):
+        torch.testing.assert_close(parameter.grad.full_tensor(), whole.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_units_under_fsdp(two):
+    two.run(check_fsdp)
 
 
 @pytest.mark.cuda

@@ -172,6 +172,7 @@ def test_errors_modify_nothing(native, monkeypatch):
         ([[a], [b, 3]], 1.0, TypeError, r"groups\[1\]\[1\]: expected a torch.Tensor, got int"),
         ([[a], 3], 1.0, TypeError, r"groups\[1\]: expected a torch.Tensor or an iterable of them, got int"),
         (3, 1.0, TypeError, r"groups: expected .* got int"),
+        (a, 1.0, TypeError, r"groups: expected an iterable of groups, got a tensor"),
         ([[a], [b]], [1.0], ValueError, r"max_norms: expected one for each of 2 groups, got 1"),
         ([[a], [b]], torch.ones(3), ValueError, r"max_norms: expected one for each of 2 groups, got 3"),
         ([[a], [b]], torch.ones(1, 2), ValueError, r"max_norms: expected at most 1 dimension, got 2"),
@@ -182,6 +183,16 @@ def test_errors_modify_nothing(native, monkeypatch):
             call(groups, max_norms)
     assert all(p.grad.eq(1).all() for p in (a, b, c))
     assert fastclip.counters()["fallback_reasons"] == {}
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_expanded_gradients_modify_nothing(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("fastclip.groups._C", None)
+    first, second = make_parameters([torch.ones(9), torch.ones(1, 4).expand(3, 4)])
+    with pytest.raises(RuntimeError, match="refers to a single memory location"):
+        fastclip.clip_grad_norms_([[first], [second]], 1.0)
+    assert first.grad.eq(1).all()
 
 
 def check_device(groups, max_norms):

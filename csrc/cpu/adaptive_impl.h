@@ -24,14 +24,16 @@ inline double unit_norm(const char* p, int64_t bytes, NormType type) {
   return static_cast<double>(max_slice<T>(p, bytes));
 }
 
-// A coefficient that float32 would make a subnormal number or zero is applied in two steps, as in clip_math.h.
+// A coefficient that float32 would make a subnormal number or zero is applied in two steps, as Factors of clip_math.h
+// are.
 template <class T>
 inline void scale_unit(char* p, int64_t bytes, double coef) {
   using Scalar = typename T::Scalar;
   if (coef != coef) coef = __builtin_nan("");  // the default NaN, on which BF16::store relies
-  if (__builtin_expect(coef != 0 && coef < 1e-30 && coef > -1e-30, 0)) {
-    scale_slice<T>(p, bytes, static_cast<Scalar>(0x1p-64));
-    coef *= 0x1p64;
+  if (__builtin_expect(coef != 0 && coef < 1e-30, 0)) {
+    const bool tiny = coef < 1e-50;
+    scale_slice<T>(p, bytes, static_cast<Scalar>(tiny ? 0x1p-126 : 0x1p-64));
+    coef *= tiny ? 0x1p126 : 0x1p64;
   }
   scale_slice<T>(p, bytes, static_cast<Scalar>(coef));
 }

@@ -336,7 +336,7 @@ def _with_policy_state(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _policy_state(saved_group: dict[str, Any], own: Any, index: int) -> dict[str, Any] | None:
-    """The state of a policy in a group that is about to be loaded, None where there is none; checked against ``own``."""
+    """The state of a policy in a group that is about to be loaded, None without one; checked against ``own``."""
     saved = saved_group.get("max_norm")
     if not (isinstance(saved, dict) and "policy" in saved):
         return None

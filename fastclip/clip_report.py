@@ -155,7 +155,9 @@ def scale_by_torch(
     foreach: bool | None = None,
 ) -> None:
     """``clip_grads_with_norm_`` through torch's functions. With a policy it waits for the device."""
-    if nonfinite in (None, "propagate") or bool(total_norm.isfinite()):
+    # A sharded model's norm is partial in torch: no rank can decide by its own part.
+    plain = total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm
+    if nonfinite in (None, "propagate") or bool(plain.isfinite()):
         return _torch_functions.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     if nonfinite == "zero":
         with torch.no_grad():
@@ -179,15 +181,13 @@ def clip_by_torch(
             return _torch_functions.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     grads = [p.grad for p in parameters]
     own = [grad for grad in grads if grad is not None]
-    with naming_the_first_bad("parameters", parameters):
-        norm = _torch_functions.get_total_norm(own, norm_type, error_if_nonfinite and nonfinite is None, foreach)
+    norm = _torch_functions.get_total_norm(own, norm_type, False, foreach)
     plain = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if follows:
         max_norm = max_norm.follow(plain) if own else math.inf
-    if nonfinite is None:
-        _torch_functions.clip_grads_with_norm_(parameters, max_norm, norm, foreach)
-        return norm
-    remember(known(plain, max_norm, "skip" if error_if_nonfinite else nonfinite, grads), nonfinite, error_if_nonfinite)
+    if nonfinite is not None:
+        report = known(plain, max_norm, "skip" if error_if_nonfinite else nonfinite, grads)
+        remember(report, nonfinite, error_if_nonfinite)
     if error_if_nonfinite and not plain.isfinite():
         with naming_the_first_bad("parameters", parameters):
             _torch_functions.get_total_norm([plain.abs()], norm_type, error_if_nonfinite=True)  # torch's own error

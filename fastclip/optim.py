@@ -1,5 +1,6 @@
 """The optimizer wrapper: an optimizer like any other, whose step clips the gradients first."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastclip import clip_report
+from fastclip.policies import ThresholdPolicy
 from fastclip.statistics import GradStatistics
 from fastclip.statistics import check as check_statistics
 from fastclip.step_clipping import AMP_ATTRIBUTES, StepClipping, Threshold, number
@@ -259,24 +261,44 @@ class ClippedOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's own, without a trace of the wrapper."""
+        """The optimizer's own, without a trace of the wrapper.
+
+        A policy that is a group's ``max_norm`` is there as its own ``state_dict()``, which
+        ``torch.load(weights_only=True)`` reads; that waits for the device.
+        """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict = self.optimizer.state_dict()
+        state_dict = {**state_dict, "param_groups": [_with_policy_state(g) for g in state_dict["param_groups"]]}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _first_given(post_hook(self, state_dict), state_dict)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what the optimizer's or the wrapper's ``state_dict()`` returned. Groups keep their thresholds."""
+        """Loads what the optimizer's or the wrapper's ``state_dict()`` returned. Groups keep their thresholds.
+
+        A policy that is a group's ``max_norm`` stays that object and goes on from the state that the checkpoint has.
+
+        Raises:
+            ValueError: that state is one of another kind of policy, or the group has no policy. Nothing is loaded then.
+        """
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _first_given(hook(self, state_dict), state_dict)
         thresholds = [{name: group[name] for name in group if name == "max_norm"} for group in self.param_groups]
-        self.optimizer.load_state_dict(state_dict)
-        for group, threshold in zip(self.param_groups, thresholds, strict=True):
+        # The inner optimizer would put copies in their place. If there are more groups in the one, it raises an error.
+        saved_groups = [_with_policy_state(group) for group in state_dict["param_groups"]]
+        learnt = [
+            _policy_state(group, threshold.get("max_norm"), i)
+            for i, (group, threshold) in enumerate(zip(saved_groups, thresholds, strict=False))
+        ]
+        self.optimizer.load_state_dict({**state_dict, "param_groups": saved_groups})
+        for group, threshold, state in zip(self.param_groups, thresholds, learnt, strict=True):
             for name in threshold:
                 group.setdefault(name, threshold[name])
+            if state is not None:
+                threshold["max_norm"].load_state_dict(state)
+                group["max_norm"] = threshold["max_norm"]
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -305,6 +327,27 @@ class ClippedOptimizer(Optimizer):
 
 
 _step_outside_of_graphs = torch._disable_dynamo(ClippedOptimizer.step)
+
+
+def _with_policy_state(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of a state dict, with the state of its policy instead of the object."""
+    max_norm = group.get("max_norm")
+    return {**group, "max_norm": max_norm.state_dict()} if isinstance(max_norm, ThresholdPolicy) else group
+
+
+def _policy_state(saved_group: dict[str, Any], own: Any, index: int) -> dict[str, Any] | None:
+    """The state of a policy in a group that is about to be loaded, None without one; checked against ``own``."""
+    saved = saved_group.get("max_norm")
+    if not (isinstance(saved, dict) and "policy" in saved):
+        return None
+    argument = f"state_dict['param_groups'][{index}]['max_norm']"
+    if not isinstance(own, ThresholdPolicy):
+        raise ValueError(f"{argument}: expected none where the group has no policy, got that of {saved['policy']}")
+    try:
+        copy.deepcopy(own).load_state_dict(saved)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{argument}: expected what {type(own).__name__}.state_dict() returns, {error}") from None
+    return saved
 
 
 def _check_nonfinite(value: str | None, clip_value: float | None) -> None:

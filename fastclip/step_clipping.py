@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import itertools
+import math
 import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, final
@@ -175,8 +176,25 @@ class StepClipping:
         if grad_scale is not None:
             self.optimizer.grad_scale = grad_scale
         if found_inf is not None:
+            if self._begins_momentum() and bool(found_inf):
+                return True
             self.optimizer.found_inf = found_inf
         return None
+
+    def _begins_momentum(self) -> bool:
+        """Whether this step makes SGD's momentum. torch leaves it without values then where found_inf is 1.
+
+        So the host has to wait, in steps before the first good one.
+        """
+        if not isinstance(self.optimizer, SGD):
+            return False
+        firsts = [
+            next((p for p in group["params"] if p.grad is not None), None)
+            for group in self.optimizer.param_groups
+            if group["momentum"]
+        ]
+        state = self.optimizer.state
+        return any(p is not None and state.get(p, {}).get("momentum_buffer") is None for p in firsts)
 
     def _clip_in_place(self) -> bool | None:
         # All thresholds are read before anything is clipped, since one may be wrong.
@@ -215,6 +233,8 @@ class StepClipping:
             return not all(bool(_plain(norm).isfinite()) for norm in norms)  # waits
         if norms:
             is_finite = torch.stack([_plain(norm).isfinite().to(norms[-1].device) for norm in norms]).all()
+            if self._begins_momentum() and not bool(is_finite):
+                return True
             self.optimizer.found_inf = is_finite.logical_not().float()
         return False
 
@@ -279,11 +299,11 @@ class StepClipping:
         if self.statistics is not None:
             self.statistics.values = _unscaled(self._rows_of(parameters), grad_scale)
         with torch.no_grad():
-            norm = clip.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
-            norm = _plain(norm)
+            own = [p.grad for p in parameters if p.grad is not None]
+            norm = _plain(clip.get_total_norm(own, self.norm_type))
             norm = norm if grad_scale is None else norm / grad_scale
             if isinstance(max_norm, ThresholdPolicy):
-                max_norm = max_norm.follow(norm)
+                max_norm = max_norm.follow(norm) if own else math.inf
             self.last = norm, max_norm
             if self.nonfinite is not None:
                 self.found_inf = norm.isfinite().logical_not().float()
@@ -313,7 +333,9 @@ class StepClipping:
     def _prepare_unwatched(self, grad_scale: Tensor) -> Tensor | None:
         max_norm = self._threshold(self.max_norm)
         folds = self.folds
-        prepared = self._prepare(self._parameters(), max_norm, grad_scale, not folds)
+        # The scaler leaves a bad step out, whatever the policy is.
+        nonfinite = None if self.nonfinite is None else "skip"
+        prepared = self._prepare(self._parameters(), max_norm, grad_scale, not folds, nonfinite)
         if prepared is None or type(prepared) is str:
             return None
         self.last = prepared[0], max_norm

@@ -400,6 +400,49 @@ def test_scalers_leave_out_their_steps_as_ever(scaler_type, fused, nonfinite):
         assert (parameter.tolist() == [1.0] * 3) is (value == INF)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("nonfinite", POLICIES)
+def test_a_report_on_a_step_of_fastclips_scaler(fused, nonfinite):
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = fastclip.ClippedOptimizer(torch.optim.Adam([parameter], fused=fused), 1.0, nonfinite=nonfinite)
+    scaler = fastclip.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.ones(()))
+    for value, norm, action in ((4.0, 4.0, "clipped"), (NAN, NAN, "skipped")):
+        parameter.grad = torch.full((4,), value)
+        scaler.step(optimizer)
+        scaler.update()
+        report = fastclip.last_report()
+        assert report.action == action and report.total_norm == pytest.approx(norm, nan_ok=True)
+        assert report.first_bad == (None if action == "clipped" else 0)
+
+
+@pytest.mark.parametrize("scaler_type", [None, torch.amp.GradScaler, fastclip.GradScaler])
+@pytest.mark.parametrize("max_norm", [{}, {"max_norm": 1.0}], ids=["folded", "in place"])
+@pytest.mark.parametrize("dampening", [0, 0.5])
+def test_momentum_begins_with_the_first_good_step(scaler_type, max_norm, dampening):
+    results = []
+    for values in ((NAN, NAN, 1.0, 2.0), (1.0, 2.0)):
+        parameter = torch.nn.Parameter(torch.ones(4))
+        inner = torch.optim.SGD([{"params": [parameter], **max_norm}], 0.1, 0.9, dampening, fused=True)
+        optimizer = fastclip.ClippedOptimizer(inner, 1.0, nonfinite="skip")
+        scaler = scaler_type and scaler_type("cpu", init_scale=4.0)
+        if scaler:
+            scaler.scale(torch.ones(()))
+        torch.use_deterministic_algorithms(True)  # what torch leaves without values becomes NaN
+        try:
+            for value in values:
+                parameter.grad = torch.full((4,), value * (scaler.get_scale() if scaler else 1))
+                if scaler:
+                    scaler.step(optimizer)
+                    scaler.update()
+                else:
+                    optimizer.step()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append(parameter.detach())
+    assert torch.equal(*results) and results[0].isfinite().all()
+
+
 def test_the_optimizers_argument():
     inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 0.1, fused=True)
     assert outcome(fastclip.ClippedOptimizer, inner, 1.0, nonfinite="other") == (

@@ -15,7 +15,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, RMSprop, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fastclip
-from fastclip import ClippedOptimizer
+from fastclip import AutoClip, ClippedOptimizer, ZClip
 from fastclip.statistics import COLUMNS
 
 FUSED = {
@@ -644,6 +644,62 @@ def test_a_checkpoint_without_thresholds_keeps_them():
     optimizer.load_state_dict(SGD([{"params": [a]}, {"params": [b]}], 0.3).state_dict())
     assert [group.get("max_norm") for group in optimizer.param_groups] == [0.5, None]
     assert "max_norm" not in optimizer.param_groups[1] and optimizer.param_groups[0]["lr"] == 0.3
+
+
+def with_policies(*policies):
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in policies]
+    groups = [{"params": [p], "max_norm": policy} for p, policy in zip(parameters, policies, strict=True)]
+    return parameters, ClippedOptimizer(SGD(groups, 0.1))
+
+
+def step_with(parameters, optimizer, value):
+    for p in parameters:
+        p.grad = torch.full((2,), value)
+    optimizer.step()
+
+
+def test_policies_of_groups_go_on_from_a_checkpoint():
+    shared = ZClip(warmup=1)
+    parameters, optimizer = with_policies(shared, AutoClip(50, window=3), shared, 0.5)
+    for value in (1.0, 2.0, 4.0, 3.0, 100.0):
+        step_with(parameters, optimizer, value)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert optimizer.param_groups[0]["max_norm"] is shared
+
+    policies = ZClip(warmup=1), AutoClip(50, window=3)
+    others, other = with_policies(policies[0], policies[1], policies[0], 7.0)
+    for state_dict in (saved, optimizer.optimizer.state_dict()):  # the inner one has the objects
+        other.load_state_dict(state_dict)
+        assert [group["max_norm"] for group in other.param_groups] == [*policies, policies[0], 0.5]
+        for mine, theirs in zip((shared, optimizer.param_groups[1]["max_norm"]), policies, strict=True):
+            assert str(mine.state_dict()) == str(theirs.state_dict())
+    step_with(parameters, optimizer, 50.0)
+    step_with(others, other, 50.0)
+    assert policies[0].count == shared.count and policies[0].threshold == shared.threshold < INF
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(parameters, others, strict=True))
+
+
+@pytest.mark.parametrize("own", [AutoClip(), 1.0, None], ids=str)
+def test_a_policy_of_another_kind_in_a_checkpoint_is_an_error(own):
+    parameters, optimizer = with_policies(1.0, ZClip())
+    step_with(parameters, optimizer, 3.0)
+    _, other = with_policies(1.0, own)
+    other.param_groups[0]["lr"] = 0.5
+    with pytest.raises(ValueError, match=r"^state_dict\['param_groups'\]\[1\]\['max_norm'\]: expected .*ZClip"):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 0.5 and other.param_groups[1]["max_norm"] is own
+
+
+def test_a_checkpoint_with_more_groups_leaves_policies_as_they_were():
+    parameters, optimizer = with_policies(ZClip(), 1.0)
+    step_with(parameters, optimizer, 3.0)
+    _, other = with_policies(ZClip())
+    with pytest.raises(ValueError, match="parameter groups"):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["max_norm"].count == 0
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])

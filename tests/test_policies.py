@@ -161,6 +161,30 @@ def test_raising_learns_nothing(device):
     assert policy.count.item() == 0 and grad[0].item() == 1
 
 
+@pytest.mark.parametrize("norm_type", [2, 3])
+@pytest.mark.parametrize("nonfinite", [None, "propagate"])
+def test_after_raising_the_threshold_is_that_of_the_bad_norm(norm_type, nonfinite):
+    policy = ZClip(max_norm=5)
+    for value, threshold in ((1.0, 5), (NAN, 0)):
+        parameter = make_parameter(gradient(value))
+        try:
+            fastclip.clip_grad_norm_([parameter], policy, norm_type, True, nonfinite=nonfinite)
+        except RuntimeError as error:
+            assert "is non-finite" in str(error) and "parameters[0].grad has the first" in str(error)
+            assert parameter.grad[1] == 0
+        assert policy.threshold == threshold and policy.count == 1
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("norm_type", [2, 3])
+def test_a_folded_step_without_gradients_teaches_nothing(monkeypatch, built, norm_type):
+    if not built:
+        monkeypatch.setattr("fastclip.step_clipping._C", None)
+    policy, parameter = AutoClip(), torch.nn.Parameter(torch.ones(3))
+    fastclip.ClippedOptimizer(torch.optim.Adam([parameter], fused=True), policy, norm_type, fold=True).step()
+    assert policy.count == 0
+
+
 def test_zero_variance():
     policy, published = ZClip(warmup=3), PublishedZClip(warmup=3)
     for norm in [2.0, 2.0, 2.0, 2.0, 2.0 + 1e-7, 3.0, 2.0, 0.0, 2.0]:

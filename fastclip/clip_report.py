@@ -155,9 +155,7 @@ def scale_by_torch(
     foreach: bool | None = None,
 ) -> None:
     """``clip_grads_with_norm_`` through torch's functions. With a policy it waits for the device."""
-    # A sharded model's norm is partial in torch: no rank can decide by its own part.
-    plain = total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm
-    if nonfinite in (None, "propagate") or bool(plain.isfinite()):
+    if nonfinite in (None, "propagate") or bool(total_norm.isfinite()):
         return _torch_functions.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     if nonfinite == "zero":
         with torch.no_grad():

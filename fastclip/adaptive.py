@@ -131,8 +131,8 @@ def _unit_coefs(weight: Tensor, grad: Tensor, clipping: float, eps: float, norm_
     max_norm = clipping * _unit_norms(weight, norm_type).clamp(min=eps)
     grad_norm = _unit_norms(grad, norm_type)
     coefs = torch.where(grad_norm < max_norm, 1.0, max_norm / grad_norm.clamp(min=1e-6))
-    if is_dtensor(coefs) and weight.placements != grad.placements:
-        coefs = replicated(coefs)  # goes with a gradient of any layout
+    if is_dtensor(coefs) and is_dtensor(weight) and is_dtensor(grad) and weight.placements != grad.placements:
+        return replicated(coefs)  # goes with a gradient of any layout
     return coefs
 
 

@@ -1,22 +1,28 @@
-"""Adaptive clipping and clipping by groups beside what they replace: ``python -m benchmarks.adaptive``.
+"""Adaptive clipping and clipping by groups beside what they replace: ``python -m benchmarks.adaptive [-o FILE]``.
 
 Adaptive: ResNet-50's 161 tensors, float32, beside timm's ``adaptive_clip_grad`` (or, without timm, the same operations
 written here). Groups: 2,000 tensors of 64, a group each, beside a loop of ``clip_grad_norm_``. Both sides take turns,
-and the ratio is the median of the pairs'.
+and the ratio is the median of the rounds'. It takes half a minute.
 """
 
-import statistics
+import argparse
+import importlib.metadata
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 import fastclip
-from benchmarks import models
+from benchmarks import machine, models, results, stats, table
 
 try:
     from timm.utils.agc import adaptive_clip_grad
+
+    TIMM = f"timm {importlib.metadata.version('timm')}"
 except ImportError:
+    TIMM = "timm's operations"
 
     def adaptive_clip_grad(parameters, clip_factor=0.01, eps=1e-3):
         for p in parameters:
@@ -28,25 +34,20 @@ except ImportError:
             grad.copy_(torch.where(norm < max_norm, grad, clipped))
 
 
-def pairs(ours: Callable, theirs: Callable, restore: Callable, rounds: int) -> tuple[float, float, float]:
-    """Medians of seconds, ours and theirs, and of the pairs' ratio. ``restore`` runs untimed before each call."""
+def rounds(ours: Callable, theirs: Callable, restore: Callable, count: int) -> dict[str, list[float]]:
+    """Microseconds of each round. ``restore`` runs untimed before each call."""
 
     def timed(function):
         restore()
         start = time.perf_counter()
         function()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) * 1e6
 
-    times = [(timed(ours), timed(theirs)) for _ in range(rounds)][2:]
-    return *(statistics.median(side) for side in zip(*times, strict=True)), statistics.median(b / a for a, b in times)
-
-
-def report(case: str, result: tuple[float, float, float]) -> None:
-    ours, theirs, ratio = result
-    print(f"{case:<55} {ours * 1e3:9.3f} ms {theirs * 1e3:9.3f} ms {ratio:6.2f}x")
+    samples = [(timed(ours), timed(theirs)) for _ in range(count + 2)][2:]  # the first ones find cold memory
+    return {"fastclip": [pair[0] for pair in samples], "beside": [pair[1] for pair in samples]}
 
 
-def adaptive(scale: float, rounds: int) -> tuple[float, float, float]:
+def adaptive(scale: float) -> dict[str, list[float]]:
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in models.resnet50()]
     grads = [torch.randn(shape) * scale for shape in models.resnet50()]
     for parameter in parameters:
@@ -55,12 +56,10 @@ def adaptive(scale: float, rounds: int) -> tuple[float, float, float]:
     def restore():
         torch._foreach_copy_([p.grad for p in parameters], grads)
 
-    return pairs(
-        lambda: fastclip.clip_grad_adaptive_(parameters), lambda: adaptive_clip_grad(parameters), restore, rounds
-    )
+    return rounds(lambda: fastclip.clip_grad_adaptive_(parameters), lambda: adaptive_clip_grad(parameters), restore, 40)
 
 
-def groups(max_norm: float, rounds: int) -> tuple[float, float, float]:
+def groups(max_norm: float) -> dict[str, list[float]]:
     parameters = [torch.nn.Parameter(torch.zeros(64)) for _ in range(2000)]
     source = [torch.randn(64) for _ in parameters]
     for parameter in parameters:
@@ -73,16 +72,46 @@ def groups(max_norm: float, rounds: int) -> tuple[float, float, float]:
     def loop():
         return torch.stack([fastclip.clip_grad_norm_(p, m) for p, m in zip(parameters, max_norms, strict=True)])
 
-    return pairs(lambda: fastclip.clip_grad_norms_(parameters, max_norms), loop, restore, rounds)
+    return rounds(lambda: fastclip.clip_grad_norms_(parameters, max_norms), loop, restore, 80)
 
 
-def main() -> None:
-    print(f"torch {torch.__version__}, {fastclip.build_info()['cpu_kernels']}, {torch.get_num_threads()} threads")
-    report("adaptive, ResNet-50, fp32, nothing clipped", adaptive(1e-4, 25))
-    report("adaptive, ResNet-50, fp32, everything clipped", adaptive(1.0, 25))
-    report("2,000 groups of 64, nothing clipped; beside a loop", groups(1e9, 50))
-    report("2,000 groups of 64, everything clipped; beside a loop", groups(0.1, 50))
+CASES = [
+    ("clip_grad_adaptive_, ResNet-50, fp32", "unclipped", TIMM, lambda: adaptive(1e-4)),
+    ("clip_grad_adaptive_, ResNet-50, fp32", "clipped", TIMM, lambda: adaptive(1.0)),
+    ("clip_grad_norms_, 2,000 groups of 64", "unclipped", "a loop of clip_grad_norm_", lambda: groups(1e9)),
+    ("clip_grad_norms_, 2,000 groups of 64", "clipped", "a loop of clip_grad_norm_", lambda: groups(0.1)),
+]
+
+
+def measure() -> dict:
+    rows = []
+    for case, mode, beside, run in CASES:
+        samples = run()
+        speedup = stats.ratio(samples["beside"], samples["fastclip"])
+        rows.append({"case": case, "mode": mode, "beside": beside, "samples_us": samples, "speedup": speedup})
+    there = machine.describe(torch.get_num_threads())
+    return {"machine": there, "fastclip": machine.build(), "results": rows}
+
+
+def to_table(report: dict) -> table.Table:
+    lines = []
+    for row in report["results"]:
+        theirs, ours = (table.duration(stats.median(row["samples_us"][who])) for who in ("beside", "fastclip"))
+        lines.append([row["case"], row["mode"], row["beside"], theirs, ours, table.times(row["speedup"])])
+    head = ["case", "", "beside", "that", "fastclip", "speed-up"]
+    return table.Table("Beyond torch", head, table.grouped(lines))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptive", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/latest-adaptive.json"))
+    options = parser.parse_args()
+    report = measure()
+    results.save(report, options.output)
+    print(table.markdown(to_table(report)))
+    print(f"Written: {options.output}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import instructions, results, stats, table
+from benchmarks import adaptive, instructions, results, stats, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -98,6 +98,10 @@ class Figures:
 
     def counts_table(self) -> str:
         return table.markdown(instructions.to_table(self.counts))
+
+    def beyond_torch(self) -> str:
+        """Of adaptive.json."""
+        return table.markdown(adaptive.to_table(self.report))
 
     def missed_aims(self) -> str:
         """A line for each aim that the run did not reach."""

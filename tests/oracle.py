@@ -40,6 +40,13 @@ def coefficient(max_norm, norm):
     return 1.0 if coef > 1 else coef
 
 
+def unit_coefficient(weight, grad, clipping, eps, norm_type):
+    """What adaptive clipping multiplies a unit's gradient by, of any magnitude."""
+    max_norm = clipping * max(total_norm([weight], norm_type), eps)  # of NaN first: max(NaN, x) is NaN
+    norm = total_norm([grad], norm_type)
+    return 1.0 if norm < max_norm else max_norm / max(norm, 1e-6)
+
+
 def check_norm(got, grads, norm_type):
     """The dtype is the promotion of the gradients', at least float32; exact for inf, else to 1e-6 or 1e-12."""
     doubles = [g.dtype == torch.float64 for g in grads]

@@ -7,7 +7,6 @@ import oracle
 import torch
 from lists import GradientList, generate
 from support import INF, NAN, make_parameters, outcome
-from test_adaptive import coefficient as coefficient_of_unit
 from test_adaptive import units
 from test_policies import PublishedAutoClip, PublishedZClip
 from test_statistics import expected as expected_statistics
@@ -399,7 +398,7 @@ def clip_grad_adaptive_(given, random):
         if was.numel() == 0:
             continue
         for weight, now, old_grad in zip(units(parameter), units(parameter.grad), units(was), strict=True):
-            coef = coefficient_of_unit(weight, old_grad, clipping, eps, norm_type)
+            coef = oracle.unit_coefficient(weight, old_grad, clipping, eps, norm_type)
             if not 0 < abs(coef) < 1.4e-76:
                 oracle.check_scaled(now, old_grad, coef, 3e-6)
 

@@ -98,7 +98,10 @@ def _by_torch(parameters: list[Tensor], clipping: float, eps: float, norm_type: 
             continue
         coefs = _unit_coefs(parameter, grad, clipping, eps, norm_type)
         wide = grad.to(_wide(grad))
-        grad.copy_(torch.where(coefs == 1, wide, wide * coefs))
+        clipped = torch.where(coefs == 1, wide, wide * coefs)
+        if is_dtensor(clipped) and is_dtensor(grad) and not any(p.is_partial() for p in grad.placements):
+            clipped = clipped.redistribute(placements=grad.placements)  # a dimension of one may have become another's
+        grad.copy_(clipped)
 
 
 def _check(parameter: Tensor, index: int) -> None:

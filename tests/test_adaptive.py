@@ -300,7 +300,7 @@ def check_dtensors(norm_type):
 
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
     layouts = [Shard(0), Shard(1), Replicate()]
-    for shape in [(5, 6), (7,), (), (3, 4, 2, 2)]:
+    for shape in [(5, 6), (1, 7), (7,), (), (3, 4, 2, 2)]:
         for of_weight, of_grad in itertools.product(layouts, [*layouts, Partial(), Partial("avg")]):
             if any(isinstance(p, Shard) and p.dim >= len(shape) for p in (of_weight, of_grad)):
                 continue

@@ -72,7 +72,7 @@ def number(given: float | Tensor, argument: str) -> float:
     """``float(given)``, whose error names the argument."""
     try:
         return float(given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise type(error)(f"{argument}: expected a number, got {given!r}") from None
 
 

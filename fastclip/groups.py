@@ -25,7 +25,8 @@ def clip_grad_norms_(
     """Scales the gradients of each group in place so that their common norm is at most the group's threshold.
 
     Each group comes out as from ``clip_grad_norm_(groups[i], max_norms[i])``, with the same norm to one unit in the
-    last place of float32; but all of them are one call, and on a CUDA device one launch. Groups of one tensor are
+    last place of float32; but all of them are one call, and on a CUDA device one launch. (Beside a group with float64
+    gradients, norms are float64: one beyond float32 is not inf then.) Groups of one tensor are
     clipping by layer; thousands of groups, the experts of a mixture, are what it is made for.
 
     Args:
@@ -51,10 +52,10 @@ def clip_grad_norms_(
         return _outside_the_graph(groups, max_norms, norm_type, error_if_nonfinite)
     groups = _as_groups(groups)
     max_norms = _as_max_norms(max_norms, len(groups))
+    order = number(norm_type, "norm_type")
     if watching.watchers and (recording := watching.begin([p for group in groups for p in _members(group)])):
         recording.measure()
         recording.finish(None, None)
-    order = number(norm_type, "norm_type")
     reason = NOT_BUILT
     if _C:
         result = _C.clip_grad_norms_(groups, max_norms, order, bool(error_if_nonfinite))
@@ -97,13 +98,17 @@ def _as_max_norms(max_norms: MaxNorms, count: int) -> float | Tensor | list:
             return max_norms.expand(count) if max_norms.is_cuda else max_norms.item()
         if not max_norms.is_cuda:
             max_norms = max_norms.tolist()
-    elif isinstance(max_norms, Iterable) and not isinstance(max_norms, str):
+    elif isinstance(max_norms, Iterable) and not isinstance(max_norms, (str, bytes, dict)) and _has_items(max_norms):
         max_norms = list(max_norms)
     else:
         return INF if max_norms is None else max_norms
     if len(max_norms) != count:
         raise ValueError(f"max_norms: expected one for each of {count} groups, got {len(max_norms)}")
     return max_norms
+
+
+def _has_items(given: Any) -> bool:
+    return getattr(given, "ndim", 1) != 0  # an array of numpy may be one number
 
 
 def _one_by_one(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cuda_support import watch
@@ -178,11 +179,18 @@ def test_errors_modify_nothing(native, monkeypatch):
         ([[a], [b]], torch.ones(1, 2), ValueError, r"max_norms: expected at most 1 dimension, got 2"),
         ([[a], [b]], [1.0, "x"], ValueError, r"max_norms\[1\]: expected a number, got 'x'"),
         ([[a], [b]], "x", ValueError, r"max_norms: expected a number, got 'x'"),
+        ([[a], [b]], {0: 1.0, 1: 1.0}, TypeError, r"max_norms: expected a number, got {0: 1.0, 1: 1.0}"),
     ]:
         with pytest.raises(error, match=message):
             call(groups, max_norms)
     assert all(p.grad.eq(1).all() for p in (a, b, c))
     assert fastclip.counters()["fallback_reasons"] == {}
+
+
+def test_one_threshold_from_numpy():
+    parameters = make_parameters([torch.ones(4), torch.ones(9)])
+    fastclip.clip_grad_norms_(parameters, np.array(1.0))
+    assert [p.grad.norm().item() for p in parameters] == pytest.approx([1, 1])
 
 
 @pytest.mark.parametrize("native", [True, False])

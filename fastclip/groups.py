@@ -101,7 +101,7 @@ def _as_max_norms(max_norms: MaxNorms, count: int) -> float | Tensor | list:
     elif isinstance(max_norms, Iterable) and not isinstance(max_norms, (str, bytes, dict)) and _has_items(max_norms):
         max_norms = list(max_norms)
     else:
-        return INF if max_norms is None else max_norms
+        return INF if max_norms is None else number(max_norms, "max_norms")  # type: ignore[arg-type]
     if len(max_norms) != count:
         raise ValueError(f"max_norms: expected one for each of {count} groups, got {len(max_norms)}")
     return max_norms

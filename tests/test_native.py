@@ -204,4 +204,3 @@ def test_the_command_interrupted(copy):
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in rest, rest
     assert rest.endswith("fastclip: interrupted; the same command goes on with what is not compiled yet\n")
-    assert not (folder / "lock").exists()

@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
 what=${2:-}
-tests=(tests/test_{clip,norm,value,statistics,errors,hazards,semantics,properties,threads,fallback,optim,table}.py)
+tests=(tests/test_{clip,norm,value,groups,adaptive,policies,nonfinite,statistics,errors,hazards,semantics,properties,threads,fallback,optim,table}.py)
 lists=3000
 if [ "$what" = --quick ]; then
     tests=(tests/test_{clip,value,errors,hazards,statistics}.py)

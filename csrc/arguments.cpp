@@ -48,7 +48,7 @@ Number to_number(py::handle object, const char* argument) {
 }
 
 bool is_policy(py::handle object) {
-  return !PyFloat_CheckExact(object.ptr()) && !THPVariable_Check(object.ptr()) &&
+  return !PyFloat_CheckExact(object.ptr()) && !THPVariable_Check(object.ptr()) && !PyType_Check(object.ptr()) &&
          PyObject_HasAttrString(object.ptr(), "_state_on");
 }
 

@@ -319,6 +319,7 @@ def test_arguments():
         (lambda: ZClip(max_norm=NAN), ValueError, "max_norm: expected a number from 0 to inf, got nan"),
         (lambda: AutoClip(101), ValueError, "percentile: expected a number from 0 to 100, got 101"),
         (lambda: AutoClip(window=0), ValueError, "window: expected 1 or more, got 0"),
+        (lambda: fastclip.clip_grad_norm_([], ZClip), TypeError, "max_norm: expected a number, got <class"),
         (lambda: AutoClip().follow(3.0), TypeError, "total_norm: expected a 0-d floating-point tensor, got 3.0"),
     ]:
         with pytest.raises(error) as caught:

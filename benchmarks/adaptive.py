@@ -15,23 +15,25 @@ from pathlib import Path
 import torch
 
 import fastclip
-from benchmarks import machine, models, results, stats, table
+from benchmarks import machine, models, results, rivals, stats, table
 
-try:
-    from timm.utils.agc import adaptive_clip_grad
 
-    TIMM = f"timm {importlib.metadata.version('timm')}"
-except ImportError:
-    TIMM = "timm's operations"
+def timm() -> tuple[str, Callable]:
+    """Its function, with what it is called in the table; imported here, since reading results needs no timm."""
+    module = rivals.optional_module("timm.utils.agc")
+    if isinstance(module, str):
+        return "timm's operations", timms_operations
+    return f"timm {importlib.metadata.version('timm')}", module.adaptive_clip_grad
 
-    def adaptive_clip_grad(parameters, clip_factor=0.01, eps=1e-3):
-        for p in parameters:
-            dims = tuple(range(1, p.ndim)) if p.ndim > 1 else None
-            weight, grad = p.detach(), p.grad.detach()
-            max_norm = weight.norm(2, dim=dims, keepdim=p.ndim > 1).clamp_(min=eps).mul_(clip_factor)
-            norm = grad.norm(2, dim=dims, keepdim=p.ndim > 1)
-            clipped = grad * (max_norm / norm.clamp(min=1e-6))
-            grad.copy_(torch.where(norm < max_norm, grad, clipped))
+
+def timms_operations(parameters, clip_factor=0.01, eps=1e-3):
+    for p in parameters:
+        dims = tuple(range(1, p.ndim)) if p.ndim > 1 else None
+        weight, grad = p.detach(), p.grad.detach()
+        max_norm = weight.norm(2, dim=dims, keepdim=p.ndim > 1).clamp_(min=eps).mul_(clip_factor)
+        norm = grad.norm(2, dim=dims, keepdim=p.ndim > 1)
+        clipped = grad * (max_norm / norm.clamp(min=1e-6))
+        grad.copy_(torch.where(norm < max_norm, grad, clipped))
 
 
 def rounds(ours: Callable, theirs: Callable, restore: Callable, count: int) -> dict[str, list[float]]:
@@ -47,7 +49,7 @@ def rounds(ours: Callable, theirs: Callable, restore: Callable, count: int) -> d
     return {"fastclip": [pair[0] for pair in samples], "beside": [pair[1] for pair in samples]}
 
 
-def adaptive(scale: float) -> dict[str, list[float]]:
+def adaptive(adaptive_clip_grad: Callable, scale: float) -> dict[str, list[float]]:
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in models.resnet50()]
     grads = [torch.randn(shape) * scale for shape in models.resnet50()]
     for parameter in parameters:
@@ -75,17 +77,16 @@ def groups(max_norm: float) -> dict[str, list[float]]:
     return rounds(lambda: fastclip.clip_grad_norms_(parameters, max_norms), loop, restore, 80)
 
 
-CASES = [
-    ("clip_grad_adaptive_, ResNet-50, fp32", "unclipped", TIMM, lambda: adaptive(1e-4)),
-    ("clip_grad_adaptive_, ResNet-50, fp32", "clipped", TIMM, lambda: adaptive(1.0)),
-    ("clip_grad_norms_, 2,000 groups of 64", "unclipped", "a loop of clip_grad_norm_", lambda: groups(1e9)),
-    ("clip_grad_norms_, 2,000 groups of 64", "clipped", "a loop of clip_grad_norm_", lambda: groups(0.1)),
-]
-
-
 def measure() -> dict:
+    name, adaptive_clip_grad = timm()
+    cases = [
+        ("clip_grad_adaptive_, ResNet-50, fp32", "unclipped", name, lambda: adaptive(adaptive_clip_grad, 1e-4)),
+        ("clip_grad_adaptive_, ResNet-50, fp32", "clipped", name, lambda: adaptive(adaptive_clip_grad, 1.0)),
+        ("clip_grad_norms_, 2,000 groups of 64", "unclipped", "a loop of clip_grad_norm_", lambda: groups(1e9)),
+        ("clip_grad_norms_, 2,000 groups of 64", "clipped", "a loop of clip_grad_norm_", lambda: groups(0.1)),
+    ]
     rows = []
-    for case, mode, beside, run in CASES:
+    for case, mode, beside, run in cases:
         samples = run()
         speedup = stats.ratio(samples["beside"], samples["fastclip"])
         rows.append({"case": case, "mode": mode, "beside": beside, "samples_us": samples, "speedup": speedup})

@@ -71,7 +71,7 @@ def _flat_clip(tensors: list[torch.Tensor], max_norm: torch.Tensor, order: float
 
 
 @functools.cache
-def _module(name: str):
+def optional_module(name: str):
     """A module, or text that says why it cannot be used."""
     try:
         return importlib.import_module(name)
@@ -80,7 +80,7 @@ def _module(name: str):
 
 
 def _apex(gradients: Gradients, quick: bool) -> Callable | str:
-    module = _module("apex.contrib.clip_grad")
+    module = optional_module("apex.contrib.clip_grad")
     if isinstance(module, str):
         return module
     if gradients.grads[0].device.type != "cuda":
@@ -89,7 +89,7 @@ def _apex(gradients: Gradients, quick: bool) -> Callable | str:
 
 
 def _transformer_engine(gradients: Gradients, quick: bool) -> Callable | str:
-    module = _module("transformer_engine.pytorch.optimizers")
+    module = optional_module("transformer_engine.pytorch.optimizers")
     if isinstance(module, str):
         return module
     if gradients.grads[0].device.type != "cuda":

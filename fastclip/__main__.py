@@ -22,6 +22,8 @@ try:
     print(f"fastclip: built {{_build.build()}}")
 except KeyboardInterrupt:
     raise SystemExit({INTERRUPTED})
+except Exception as error:
+    raise SystemExit(f"fastclip: {{type(error).__name__}}: {{error}}")
 """
 
 

@@ -62,16 +62,17 @@ else:
         path = None
         missing_because = str(error)
         message = f"fastclip's native extension cannot be used ({error})"
-        # With FASTCLIP_FORCE=native the command itself could not import fastclip.
-        command = f"{'FASTCLIP_FORCE=torch ' if FORCED else ''}{sys.executable} {_build.COMMAND}"
+        command = f"{sys.executable} {_build.COMMAND}"
         remedy = f"To build it for this torch, with a C++ compiler and ninja installed, run: {command}"
-        if FORCED == "native":
-            raise ImportError(f"{message}, and FASTCLIP_FORCE=native is set. {remedy}") from error
-        warnings.warn(
-            f"{message}; torch's own functions do the clipping. {remedy}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        # That command imports the package too, and needs no advice to run itself.
+        if not " ".join(sys.orig_argv).endswith(_build.COMMAND):
+            if FORCED == "native":
+                raise ImportError(f"{message}, and FASTCLIP_FORCE=native is set. {remedy}") from error
+            warnings.warn(
+                f"{message}; torch's own functions do the clipping. {remedy}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
     else:
         # Chosen here, once: a FASTCLIP_CPU that names no instruction set of this processor ends the import.
         _module.kernels()

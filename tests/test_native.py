@@ -86,7 +86,7 @@ def test_an_extension_for_another_torch_is_never_opened_and_the_command_is_said(
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and last.startswith("ImportError: fastclip's native extension cannot be used (")
     assert "was built for torch 2.6.0+cpu" in last and "FASTCLIP_FORCE=native is set" in last
-    assert last.endswith(f"run: FASTCLIP_FORCE=torch {sys.executable} -m fastclip build")
+    assert last.endswith(f"run: {sys.executable} -m fastclip build")
 
 
 def test_the_built_one_is_found_where_the_packages_own_will_not_do(copy):
@@ -175,6 +175,18 @@ def test_a_build_that_fails_leaves_in_use_what_it_did_not_touch(tmp_path, monkey
     with pytest.raises(RuntimeError, match="Error building"):
         _build.build()
     assert (_build.mismatch(path) is None) == (not touched)
+
+
+FAILS = {"CXX": "/bin/false", "FASTCLIP_CUDA": "0"}
+
+
+@pytest.mark.parametrize("force", ["", "native"])
+def test_the_command_needs_no_advice_to_run_itself_and_says_what_failed_in_one_line(copy, force):
+    done = python("-m", "fastclip", "build", cwd=copy, env={**FAILS, "FASTCLIP_FORCE": force})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    first, *_, error, last = done.stderr.splitlines()
+    assert first.startswith("fastclip: compiling ") and "/bin/false" in error, done.stderr
+    assert error.startswith("fastclip: ") and last.startswith("fastclip: the extension could not be built, see above.")
 
 
 def test_the_command_interrupted(copy):

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "factors.h"
 #include "policy.h"
 #ifdef FASTCLIP_CUDA
 #include "cuda/clip_cuda.h"
@@ -76,7 +77,7 @@ void scale(Group& group, double coef, Nonfinite nonfinite) {
     for (const Gapped& grad : group.gapped) grad.tensor.zero_();
     return;
   }
-  const Factors factors(coef);
+  const Factors factors = factors_of(coef);
   for (const Gapped& grad : group.gapped) {
     // A tensor, which mul_ rounds to float32 for half types; it rounds a Scalar to the half type itself.
     grad.tensor.mul_(number_tensor(factors.first, at::kDouble));

@@ -60,19 +60,4 @@ FASTCLIP_HOST_DEVICE inline bool must_scale(double coef) {
   return coef != 1;
 }
 
-// A coefficient is applied as one factor, or, where float32 would round it to a subnormal number or to zero
-// (max_norm 1e-3, total_norm 1e38), as two: a power of two, which is exact, and the rest. The rest is at most 1, so
-// that it does not enlarge what the first product loses among the subnormal numbers, and a normal float32 down
-// to 1.4e-76 (max_norm 1.4e-38, total_norm 1e38), below which products are subnormal themselves.
-struct Factors {
-  double first, second;
-  FASTCLIP_HOST_DEVICE explicit Factors(double coef) : first(coef), second(1) {
-    if (coef != 0 && fabs(coef) < 1e-30) {
-      const bool tiny = fabs(coef) < 1e-50;
-      first = tiny ? 0x1p-126 : 0x1p-64;
-      second = coef * (tiny ? 0x1p126 : 0x1p64);
-    }
-  }
-};
-
 }  // namespace fastclip

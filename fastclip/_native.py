@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -49,6 +50,11 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
+def _says_it_itself() -> bool:
+    """Whether this process is `-m fastclip build`, which is the remedy, or `doctor`, which shows what is wrong."""
+    return re.search(r"-m fastclip (build|doctor)\b", " ".join(sys.orig_argv)) is not None
+
+
 _module: ModuleType | None = None
 path: Path | None = None
 missing_because: str | None = None
@@ -64,8 +70,7 @@ else:
         message = f"fastclip's native extension cannot be used ({error})"
         command = f"{sys.executable} {_build.COMMAND}"
         remedy = f"To build it for this torch, with a C++ compiler and ninja installed, run: {command}"
-        # That command imports the package too, and needs no advice to run itself.
-        if not " ".join(sys.orig_argv).endswith(_build.COMMAND):
+        if not _says_it_itself():
             if FORCED == "native":
                 raise ImportError(f"{message}, and FASTCLIP_FORCE=native is set. {remedy}") from error
             warnings.warn(

@@ -1,5 +1,6 @@
 """Fixtures: the devices and CPU instruction sets that tests run on, and the same state of torch for every test."""
 
+import signal
 import sys
 import zlib
 
@@ -12,6 +13,8 @@ import fastclip
 from fastclip._native import _C
 
 sys.path.append(str(ROOT))  # benchmarks is no part of an installed fastclip
+# A shell's background jobs ignore SIGINT, and so would every program that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ISAS = _C.available_kernels() if _C else []
 CUDA = [pytest.param("cuda", marks=pytest.mark.cuda)] if fastclip.build_info().get("cuda") else []
 

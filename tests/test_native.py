@@ -177,16 +177,21 @@ def test_a_build_that_fails_leaves_in_use_what_it_did_not_touch(tmp_path, monkey
     assert (_build.mismatch(path) is None) == (not touched)
 
 
-FAILS = {"CXX": "/bin/false", "FASTCLIP_CUDA": "0"}
-
-
 @pytest.mark.parametrize("force", ["", "native"])
-def test_the_command_needs_no_advice_to_run_itself_and_says_what_failed_in_one_line(copy, force):
-    done = python("-m", "fastclip", "build", cwd=copy, env={**FAILS, "FASTCLIP_FORCE": force})
+@pytest.mark.parametrize(
+    ("command", "first", "last"),
+    [
+        ("build", "fastclip: compiling ", "fastclip: the extension could not be built, see above."),
+        ("doctor", "fastclip ", "not all is well"),
+    ],
+)
+def test_commands_need_no_advice_to_run_themselves_and_no_traceback(copy, command, first, last, force):
+    env = {"CXX": "/bin/false", "FASTCLIP_CUDA": "0", "FASTCLIP_FORCE": force}
+    done = python("-m", "fastclip", command, cwd=copy, env=env)
+    lines = (done.stderr + done.stdout).splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    first, *_, error, last = done.stderr.splitlines()
-    assert first.startswith("fastclip: compiling ") and "/bin/false" in error, done.stderr
-    assert error.startswith("fastclip: ") and last.startswith("fastclip: the extension could not be built, see above.")
+    assert lines[0].startswith(first) and lines[-1].startswith(last), lines
+    assert "/bin/false" in lines[-2] or command == "doctor"
 
 
 def test_the_command_interrupted(copy):

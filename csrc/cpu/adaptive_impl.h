@@ -2,11 +2,14 @@
 // and, where it has to be, scaled before the next one is looked at: its gradient is still in the cache then.
 #pragma once
 
+#include "../factors.h"
 #include "../unit.h"
 #include "kernels_impl.h"
 
 namespace {
 
+using fastclip::Factors;
+using fastclip::factors_of;
 using fastclip::UnitCut;
 using fastclip::UnitLimit;
 using fastclip::UnitTensor;
@@ -24,18 +27,13 @@ inline double unit_norm(const char* p, int64_t bytes, NormType type) {
   return static_cast<double>(max_slice<T>(p, bytes));
 }
 
-// A coefficient that float32 would make a subnormal number or zero is applied in two steps, as Factors of clip_math.h
-// are.
 template <class T>
 inline void scale_unit(char* p, int64_t bytes, double coef) {
   using Scalar = typename T::Scalar;
   if (coef != coef) coef = __builtin_nan("");  // the default NaN, on which BF16::store relies
-  if (__builtin_expect(coef != 0 && coef < 1e-30, 0)) {
-    const bool tiny = coef < 1e-50;
-    scale_slice<T>(p, bytes, static_cast<Scalar>(tiny ? 0x1p-126 : 0x1p-64));
-    coef *= tiny ? 0x1p126 : 0x1p64;
-  }
-  scale_slice<T>(p, bytes, static_cast<Scalar>(coef));
+  const Factors factors = factors_of(coef);
+  scale_slice<T>(p, bytes, static_cast<Scalar>(factors.first));
+  if (__builtin_expect(factors.second != 1, 0)) scale_slice<T>(p, bytes, static_cast<Scalar>(factors.second));
 }
 
 // Returns whether a unit has been written.

@@ -5,6 +5,7 @@
 
 #include "../backend.h"
 #include "../clip_math.h"
+#include "../factors.h"
 #include "dispatch.h"
 #include "shares.h"
 
@@ -101,7 +102,7 @@ void scale(const TensorTable& table, double coef) {
   const int shares = shares_in_place(table);
   const auto cuts = table.cut(shares);
   const Kernels& run = kernels();
-  const Factors factors(coef);
+  const Factors factors = factors_of(coef);
   for_each_share(shares, [&](int i) {
     run.scale(table.slices(), cuts[i], cuts[i + 1], factors.first);
     if (factors.second != 1) run.scale(table.slices(), cuts[i], cuts[i + 1], factors.second);

@@ -3,6 +3,7 @@
 
 #include "../backend.h"
 #include "../clip_math.h"
+#include "../factors.h"
 #include "dispatch.h"
 #include "shares.h"
 
@@ -50,7 +51,7 @@ void for_each_group(const TensorTable& table, const std::vector<int64_t>& ends, 
 }
 
 void scale_part(const TensorTable& table, Cut begin, Cut end, double coef) {
-  const Factors factors(coef);
+  const Factors factors = factors_of(coef);
   kernels().scale(table.slices(), begin, end, factors.first);
   if (factors.second != 1) kernels().scale(table.slices(), begin, end, factors.second);
 }

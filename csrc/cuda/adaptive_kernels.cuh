@@ -87,7 +87,7 @@ __device__ void adapt_unit(const UnitEntry& entry, int64_t unit, UnitLimit limit
   if (!must_scale(coef)) return;
   const Entry packed = pack_unit(grad, grad_bytes, entry.grad_dtype);
   const Segment segment = segment_of<kBlock>(packed);
-  const Factors factors(coef);
+  const Factors factors = factors_of(coef);
   const int lane = threadIdx.x % kWarp;
   with_dtype(entry.grad_dtype, [&](auto d) {
     using D = decltype(d);

@@ -20,6 +20,7 @@
 #include <optional>
 
 #include "../clip_math.h"
+#include "../factors.h"
 #include "launch.h"
 
 namespace fastclip::cuda {
@@ -264,7 +265,7 @@ class Part {
 };
 
 at::Tensor factors_tensor(double coef) {
-  const Factors factors(coef);
+  const Factors factors = factors_of(coef);
   at::Tensor tensor = at::detail::empty_cpu({3}, at::kDouble);
   double* values = tensor.mutable_data_ptr<double>();
   values[0] = coef, values[1] = factors.first, values[2] = factors.second;

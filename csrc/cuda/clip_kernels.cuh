@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 
 #include "../clip_math.h"
+#include "../factors.h"
 #include "../policy.h"
 #include "job.h"
 
@@ -864,7 +865,7 @@ __device__ double decide(const Job& job, double total_norm) {
     } else {
       results.norm_f32 = static_cast<float>(returned);
     }
-    const Factors factors(coef);
+    const Factors factors = factors_of(coef);
     results.coef = coef, results.first = factors.first, results.second = factors.second;
     results.grad_scale = static_cast<float>(1 / coef);
     results.found_inf = job.nonfinite == Nonfinite::Skip ? !isfinite(returned) : found_inf;
@@ -925,7 +926,7 @@ __device__ void run(const Job& job, const Entry* entries) {
   if (shared_finds_bad) find_nonfinite(job, entries);
   if (job.task == Task::Norm || job.task == Task::Decide || !must_scale(coef)) return;
   if (must_zero(coef, job.nonfinite)) return zero_share(job, entries);
-  const Factors factors(coef);
+  const Factors factors = factors_of(coef);
   scale_share(job, entries, factors.first);
   if (factors.second != 1) scale_share(job, entries, factors.second);
 }

@@ -115,7 +115,7 @@ __device__ void scale_groups(const GroupJob& job, const Entry* entries, const Gr
     while (group > 0 && groups[group - 1].end > i) --group;
     const double coef = __ldcg(job.coefs + group);  // from L2: another SM may have written it
     if (must_scale(coef)) {
-      const Factors factors(coef);
+      const Factors factors = factors_of(coef);
       const Segment segment(entries, i, share);
       with_dtype(segment.dtype, [&](auto d) {
         using D = decltype(d);

@@ -52,7 +52,7 @@ struct Results {
     double norm_f64;
   };
   double coef;           // the clip coefficient, and
-  double first, second;  // the factors that it is applied as, see Factors
+  double first, second;  // the factors that it is applied as, see factors.h
   float grad_scale;      // 1 / coef: what an optimizer has to divide by
   float found_inf;       // 1 if a gradient is inf or NaN, else 0
   // The first gradients with inf or NaN in the table, of those that are written and of the copies behind them, kNoneBad

@@ -1,4 +1,4 @@
-// Tests of tensor_table.{h,cpp} and clip_math.h: one case for each name that the command line may have.
+// Tests of tensor_table.{h,cpp}, clip_math.h and factors.h: one case for each name that the command line may have.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "clip_math.h"
+#include "factors.h"
 #include "tensor_table.h"
 
 using namespace fastclip;
@@ -159,13 +160,13 @@ void must_scale_() {
 
 void factors() {
   for (double coef : {1.0, 0.5, 1e-20, 1e-29, 0.0, -0.5, -1e-29}) {
-    const Factors whole(coef);
+    const Factors whole = factors_of(coef);
     CHECK(whole.first == coef && whole.second == 1);
   }
-  CHECK(std::isnan(Factors(kNan).first) && Factors(-kInf).first == -kInf);
+  CHECK(std::isnan(factors_of(kNan).first) && factors_of(-kInf).first == -kInf);
   // Two factors that float32 represents well, in a product that it would not.
   for (double coef : {1e-31, 1e-38, 1e-41, 1e-45, -1e-41, 1e-50, 1e-57, 1e-65, -1e-70, 1.5e-76}) {
-    const Factors split(coef);
+    const Factors split = factors_of(coef);
     CHECK(split.first * split.second == coef);
     for (double factor : {split.first, split.second}) {
       CHECK(std::fabs(factor) >= std::numeric_limits<float>::min());

@@ -97,7 +97,7 @@ def plan(home: str | None, build: Path) -> dict:
     reason = "expected CUDA sources, nvcc and a torch with CUDA; one is missing"
     if home is None:
         possible = False
-    elif possible and (unusable := unusable_because(home)):
+    elif possible and wanted != "0" and (unusable := unusable_because(home)):
         possible, reason = False, unusable
         print(f"fastclip: only the CPU part is built: {reason}", file=sys.stderr)
     if wanted == "1" and not possible:

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -52,7 +51,9 @@ def _load(path: Path) -> ModuleType:
 
 def _says_it_itself() -> bool:
     """Whether this process is `-m fastclip build`, which is the remedy, or `doctor`, which shows what is wrong."""
-    return re.search(r"-m fastclip (build|doctor)\b", " ".join(sys.orig_argv)) is not None
+    line = sys.orig_argv
+    at = line.index("-m") if "-m" in line else len(line)
+    return line[at + 1 : at + 3] in (["fastclip", "build"], ["fastclip", "doctor"])
 
 
 _module: ModuleType | None = None

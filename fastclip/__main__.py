@@ -106,7 +106,7 @@ def build() -> int:
         print("fastclip: interrupted; the same command goes on with what is not compiled yet", file=sys.stderr)
     elif status:
         print(
-            "fastclip: the extension could not be built, see above. It needs a C++17 compiler (Debian: g++), ninja "
+            "fastclip: the extension could not be built, see above. It needs a C++ compiler (Debian: g++), ninja "
             "(pip install ninja), Python's headers (Debian: python3-dev) and, for the CUDA part, nvcc; "
             "FASTCLIP_CUDA=0 leaves that out.",
             file=sys.stderr,

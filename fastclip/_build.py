@@ -99,7 +99,8 @@ def plan(home: str | None, build: Path) -> dict:
         possible = False
     elif possible and wanted != "0" and (unusable := unusable_because(home)):
         possible, reason = False, unusable
-        print(f"fastclip: only the CPU part is built: {reason}", file=sys.stderr)
+        if wanted != "1":
+            print(f"fastclip: only the CPU part is built: {reason}", file=sys.stderr)
     if wanted == "1" and not possible:
         raise SystemExit(f"FASTCLIP_CUDA=1: {reason}")
     if home is None or not possible or wanted == "0":

@@ -1,5 +1,6 @@
 """`python -m fastclip doctor`: what is installed, whether the kernels are right on each device here, and what to do."""
 
+import ctypes
 import json
 import os
 import platform
@@ -101,10 +102,16 @@ def _check(device: str, dtype: torch.dtype, case: str, factor: float) -> str | N
     return None
 
 
-def _driver() -> str:
-    # 13000 for 13.0: the newest CUDA that the driver runs
-    version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return f"{version // 1000}.{version % 1000 // 10}"
+def _driver() -> str | None:
+    """The newest CUDA that the driver runs, "13.0". Asked of the driver's library, since torch has no function for it;
+    None where there is none (torch for ROCm)."""
+    version = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _problems(result: dict) -> list[dict]:
@@ -149,8 +156,13 @@ def as_text(result: dict) -> str:
         ]
     else:
         lines.append("extension  none")
-    runtime = versions["cuda_runtime"]
-    lines.append(f"CUDA       {f'torch has {runtime}' if runtime else 'torch has none'}" + _drivers(versions))
+    runtime, driver = versions["cuda_runtime"], versions["cuda_driver"]
+    cuda = [f"torch has {runtime or 'none'}"]
+    if driver:
+        cuda.append(f"the driver runs up to {driver}")
+    if not result["cuda"]:
+        cuda.append("no device")
+    lines.append(f"CUDA       {', '.join(cuda)}")
     lines += [f"{device:10} {name}" for device, name in result["cuda"].items()]
     lines += [f"{name}={value}" for name, value in result["environment"].items()]
     for device, failures in result["self_test"].items():
@@ -159,10 +171,6 @@ def as_text(result: dict) -> str:
     for problem in result["problems"]:
         lines += ["", f"PROBLEM: {problem['problem']}", f"  what to do: {problem['remedy']}"]
     return "\n".join([*lines, "", "not all is well" if result["problems"] else "all is well"])
-
-
-def _drivers(versions: dict) -> str:
-    return f", the driver runs up to {versions['cuda_driver']}" if versions["cuda_driver"] else ", no device"
 
 
 def main(as_json: bool) -> int:

@@ -29,7 +29,29 @@ def test_all_is_well(isa, monkeypatch):
 
 
 def test_on_a_cuda_device(cuda_device):
-    assert doctor.self_test("cuda:0") == []
+    result = doctor.examine()
+    assert result["problems"] == [] and result["self_test"] == {device: [] for device in ("cpu", *result["cuda"])}
+    text = doctor.as_text(result)
+    assert "cuda:0     " in text and "no device" not in text and text.endswith("\nall is well")
+
+
+@pytest.mark.parametrize(("version", "words"), [(13000, ", the driver runs up to 13.0\n"), (None, "torch has 13.0\n")])
+def test_the_driver_is_asked_itself(monkeypatch, version, words):
+    class Driver:
+        def __init__(self, name):
+            if version is None:
+                raise OSError(f"{name}: cannot open shared object file")
+
+        def cuDriverGetVersion(self, pointer):
+            pointer._obj.value = version
+
+    real = fastclip.build_info()
+    monkeypatch.setattr("ctypes.CDLL", Driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(fastclip, "build_info", lambda: {**real, "cuda": None})
+    assert words in doctor.as_text(doctor.examine())
 
 
 WRONG = {

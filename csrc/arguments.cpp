@@ -33,6 +33,10 @@ double to_double(py::handle object, const char* argument) {
   if (PyFloat_CheckExact(object.ptr())) return PyFloat_AS_DOUBLE(object.ptr());
   const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(object.ptr()));
   if (number) return PyFloat_AS_DOUBLE(number.ptr());
+  if (PyErr_ExceptionMatches(PyExc_OverflowError)) {  // an int whose digits nobody wants to read
+    PyErr_Clear();
+    raise(PyExc_OverflowError, std::string(argument) + ": expected a number in float64's range, got one beyond it");
+  }
   const bool type_error = PyErr_ExceptionMatches(PyExc_TypeError);
   if (!type_error && !PyErr_ExceptionMatches(PyExc_ValueError)) throw py::error_already_set();
   PyErr_Clear();

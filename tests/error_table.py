@@ -124,6 +124,18 @@ NUMBERS = [
         "norm_type: expected a number, got 'two'",
     ),
     ("no order", "fastclip.get_total_norm([good.grad], None)", TypeError, "norm_type: expected a number, got None"),
+    (
+        "an int beyond float64",
+        "fastclip.clip_grad_norm_([good], 10**400)",
+        OverflowError,
+        "max_norm: expected a number in float64's range, got one beyond it",
+    ),
+    (
+        "an order beyond float64",
+        "fastclip.get_total_norm([good.grad], 10**400)",
+        OverflowError,
+        "norm_type: expected a number in float64's range, got one beyond it",
+    ),
     ("no limit", "fastclip.clip_grad_value_([good], None)", TypeError, "clip_value: expected a number, got None"),
     (
         "a limit that is no number",

@@ -2,7 +2,7 @@
 
     python tools/matrix.py [--keep] [--allow-missing] [--pip "ARGUMENTS"] [torch-python ...]
 
-Each pair (2.6.0-3.10) gets a virtual environment and a copy of the tracked files in build/matrix, a build in place, the
+Each pair (2.6.0-3.10) gets a virtual environment and a copy of the source tree in build/matrix, a build in place, the
 tests in TESTS, the package as a wheel, and `python -m fastclip doctor`. What cannot be run, for want of an interpreter
 or of a torch for it, is named with the reason, and makes the exit status 1 as a failure does, unless
 --allow-missing is given.
@@ -21,8 +21,11 @@ FOLDER = ROOT / "build" / "matrix"
 CORNERS = ["2.6.0-3.10", "2.6.0-3.13", "2.9.1-3.12", "2.13.0-3.11", "2.14.1-3.10", "2.14.1-3.14"]
 TOOLS = ["setuptools", "wheel", "ninja", "numpy", "pytest", "hypothesis"]
 # What depends on torch's version most: reading gradients, results and errors against torch's own, every reason to
-# fall back, the patch, operators under torch.compile, optimizers.
+# fall back, the patch, optimizers.
 TESTS = ["build", "native", "clip", "norm", "value", "torch_clip", "fallback", "patching", "errors", "threads", "optim"]
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "dist", "*.so", "*.so.json", "*.egg-info"
+)
 
 
 class Missing(Exception):
@@ -89,10 +92,7 @@ def try_pair(pair: str, pip_arguments: list[str]) -> str:
     log = folder / "log.txt"
     log.write_text("")
     shutil.rmtree(folder / "src", ignore_errors=True)
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for name in filter(None, files):
-        (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / "src" / name)
+    shutil.copytree(ROOT, folder / "src", ignore=NOT_COPIED)
     python = prepare(torch, version, folder, pip_arguments)
     run(log, python, "setup.py", "-q", "build_ext", "--inplace", FASTCLIP_REQUIRE_NATIVE="1")
     tests = [f"tests/test_{name}.py" for name in TESTS if (ROOT / "tests" / f"test_{name}.py").exists()]

@@ -9,10 +9,26 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import fastclip
+
+# What torch 2.6 has for GPUs only.
+needs_fully_shard = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's fully_shard needs a GPU"
+)
+
+
+def gloo_averages() -> bool:
+    """Whether this torch can make DTensors whole that are means over ranks; to be called on all ranks."""
+    try:
+        dist.all_reduce(torch.ones(1), op=dist.ReduceOp.AVG)
+    except RuntimeError:
+        return False
+    return True
+
 
 SECONDS = 60  # for one function on all ranks; who takes longer waits for ever
 

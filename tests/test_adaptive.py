@@ -7,6 +7,7 @@ import pytest
 import torch
 from cuda_support import watch
 from oracle import check_scaled
+from ranks import gloo_averages, needs_fully_shard
 from support import DTYPES, INF, NAN, dtypes, norm_types
 
 import fastclip
@@ -300,8 +301,9 @@ def check_dtensors(norm_type):
 
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
     layouts = [Shard(0), Shard(1), Replicate()]
+    partial = [Partial(), Partial("avg")] if gloo_averages() else [Partial()]
     for shape in [(5, 6), (1, 7), (7,), (), (3, 4, 2, 2)]:
-        for of_weight, of_grad in itertools.product(layouts, [*layouts, Partial(), Partial("avg")]):
+        for of_weight, of_grad in itertools.product(layouts, [*layouts, *partial]):
             if any(isinstance(p, Shard) and p.dim >= len(shape) for p in (of_weight, of_grad)):
                 continue
             whole = make(shape)
@@ -344,6 +346,7 @@ def check_fsdp():
         torch.testing.assert_close(parameter.grad.full_tensor(), whole.grad, rtol=1e-5, atol=1e-9)
 
 
+@needs_fully_shard
 def test_units_under_fsdp(two):
     two.run(check_fsdp)
 

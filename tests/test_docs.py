@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import needs_fully_shard
 from support import ROOT
 
 import fastclip
@@ -135,6 +136,7 @@ def run_on_a_rank():
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="a torch without torch.distributed")
+@needs_fully_shard
 def test_blocks_for_several_ranks_run_on_two(two):
     assert [page for page in PAGES if any(block["mark"] == "ranks" for block in blocks(page))] == [
         "docs/distributed.md"

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from ranks import needs_fully_shard
 from support import INF, NAN, bits, make_parameters, outcome, run_python
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, RMSprop, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -788,7 +789,7 @@ def test_compiled_steps(make, inside):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's fully_shard needs a GPU")
+@needs_fully_shard
 def test_a_sharded_model():
     code = """
 import torch, fastclip

@@ -21,8 +21,9 @@ FOLDER = ROOT / "build" / "matrix"
 CORNERS = ["2.6.0-3.10", "2.6.0-3.13", "2.9.1-3.12", "2.13.0-3.11", "2.14.1-3.10", "2.14.1-3.14"]
 TOOLS = ["setuptools", "wheel", "ninja", "numpy", "pytest", "hypothesis"]
 # What depends on torch's version most: reading gradients, results and errors against torch's own, every reason to
-# fall back, the patch, optimizers.
-TESTS = ["build", "native", "clip", "norm", "value", "torch_clip", "fallback", "patching", "errors", "threads", "optim"]
+# fall back, the patch, optimizers, DTensors.
+TESTS = ["build", "native", "clip", "norm", "value", "torch_clip", "semantics", "fallback", "patching", "errors"]
+TESTS += ["threads", "optim", "sharded", "adaptive"]
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "dist", "*.so", "*.so.json", "*.egg-info"
 )

@@ -96,12 +96,13 @@ def run(program: str, arguments: list[str], is_module: bool, monitoring: "Monito
 
 def build() -> int:
     """Compiles the extension in a process of its own, since one that is loaded already cannot be loaded again."""
-    process = subprocess.Popen([sys.executable, "-c", BUILD], env={**os.environ, "FASTCLIP_FORCE": "torch"})
+    # The same package is to be built, whatever this interpreter was started with (-I, -P).
+    program = f"import sys; sys.path[:] = {sys.path!r}\n{BUILD}"
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "FASTCLIP_FORCE": "torch"})
     try:
         status = process.wait()
     except KeyboardInterrupt:  # the terminal interrupts the other one too: it stops the compilers
-        process.wait()
-        status = INTERRUPTED
+        status = process.wait() and INTERRUPTED
     if status == INTERRUPTED:
         print("fastclip: interrupted; the same command goes on with what is not compiled yet", file=sys.stderr)
     elif status:

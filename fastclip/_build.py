@@ -29,7 +29,10 @@ def cuda_home() -> str | None:
     nvcc = shutil.which("nvcc")
     if not nvcc:
         return None
-    lines = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr.splitlines()
+    try:
+        lines = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr.splitlines()
+    except OSError:  # not a program
+        return None
     tops = [line.split("=", 1)[1].strip() for line in lines if line.startswith("#$ TOP=")]
     return str((Path(nvcc).resolve().parent / tops[0]).resolve()) if tops else None
 
@@ -164,7 +167,7 @@ def read_record(extension: Path) -> dict | None:
 
 def mismatch(extension: Path) -> str | None:
     """Why an extension must not be loaded; None where it was built for exactly what is here."""
-    if not extension.exists():
+    if not os.path.exists(extension):  # Path.exists raises where a folder may not be searched
         return f"there is no {extension.name} in {extension.parent}"
     record = read_record(extension)
     if record is None:
@@ -202,7 +205,7 @@ def only_builder(folder: Path):
     ends, however that ends; torch's is a file, and one that a killed build left would be waited for without end."""
     try:
         if not folder.is_absolute():
-            raise OSError("this user has no home directory")
+            raise OSError("a relative path: TORCH_EXTENSIONS_DIR is one, or this user has no home directory")
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "building", "w")  # noqa: SIM115
     except OSError as error:
@@ -251,7 +254,7 @@ def build() -> Path:
     with only_builder(extension.parent):
         parts = plan(home, extension.parent)
         before, record = identity(extension), record_of(extension)
-        text = record.read_text() if record.exists() else None
+        text = record.read_bytes() if os.path.exists(record) else None
         record.unlink(missing_ok=True)  # what is left of a build that was broken off is not loaded
         what = f"{len(parts['sources'])} files, {'with' if parts['cuda'] else 'without'} the CUDA part"
         print(f"fastclip: compiling {what}, in {extension.parent}", file=sys.stderr, flush=True)
@@ -268,7 +271,7 @@ def build() -> Path:
             )
         except BaseException:
             if text is not None and identity(extension) == before:
-                record.write_text(text)
+                record.write_bytes(text)
             raise
         write_record(extension, parts["cuda"])
     return extension

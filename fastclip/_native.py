@@ -25,10 +25,10 @@ def _choose() -> Path:
     """The package's own extension, or the one that `python -m fastclip build` made; ImportError if neither will do."""
     own = _build.packaged()
     why = _build.mismatch(own)
-    if why is None and (not torch.version.cuda or (_build.read_record(own) or {})["cuda"]):
+    if why is None and (not torch.version.cuda or (_build.read_record(own) or {}).get("cuda")):
         return own
     built = _build.cached()
-    if built.exists():
+    if built.is_absolute() and os.path.exists(built):  # relative: of a user without a home, in whatever folder this is
         why_not = _build.mismatch(built)
         if why_not is None:
             return built
@@ -51,9 +51,9 @@ def _load(path: Path) -> ModuleType:
 
 def _says_it_itself() -> bool:
     """Whether this process is `-m fastclip build`, which is the remedy, or `doctor`, which shows what is wrong."""
-    line = sys.orig_argv
-    at = line.index("-m") if "-m" in line else len(line)
-    return line[at + 1 : at + 3] in (["fastclip", "build"], ["fastclip", "doctor"])
+    # While the module of `python -m` is looked for, and its package imported, "-m" stands for it in sys.argv.
+    is_fastclip = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].endswith("fastclip")
+    return is_fastclip and sys.argv[1:2] in (["build"], ["doctor"])
 
 
 _module: ModuleType | None = None

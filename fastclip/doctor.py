@@ -20,8 +20,9 @@ CASES = {"clipped": 0.5, "unclipped": 2.0, "inf": 0.5, "nan": 0.5}
 
 
 def examine() -> dict:
-    """All that the command shows: ``versions``, ``extension``, ``cpu``, ``cuda``, ``environment``, ``self_test``
-    (device -> list of failures, str) and ``problems`` (list of dicts with ``problem`` and ``remedy``)."""
+    """All that the command shows: ``versions``, ``extension``, ``cpu``, ``cuda`` (device -> its name), ``unusable``
+    (device -> torch's message, str), ``environment``, ``self_test`` (device -> list of failures, str) and ``problems``
+    (list of dicts with ``problem`` and ``remedy``)."""
     info = fastclip.build_info()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     result: dict[str, Any] = {
@@ -46,12 +47,18 @@ def examine() -> dict:
             "available": info["cpu_kernels_available"],
             "threads": info["threads"],
         },
-        "cuda": {device: torch.cuda.get_device_name(device) for device in devices[1:]},
+        "cuda": {},
+        "unusable": {},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTCLIP_")},
         "self_test": {},
     }
+    for device in devices[1:]:
+        try:
+            result["cuda"][device] = torch.cuda.get_device_name(device)
+        except (RuntimeError, AssertionError) as error:  # counted, but the driver is too old, or another holds it
+            result["unusable"][device] = str(error).partition("\n")[0]
     if info["native"]:
-        tested = [device for device in devices if device == "cpu" or info["cuda"]]
+        tested = ["cpu", *(result["cuda"] if info["cuda"] else ())]
         result["self_test"] = {device: self_test(device) for device in tested}
     result["problems"] = _problems(result)
     return result
@@ -108,8 +115,10 @@ def _driver() -> str | None:
     version = ctypes.c_int()
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        driver.cuDriverGetVersion(ctypes.byref(version))
+        failed = driver.cuDriverGetVersion(ctypes.byref(version)) != 0
     except (OSError, AttributeError):
+        return None
+    if failed:
         return None
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
@@ -126,10 +135,17 @@ def _problems(result: dict) -> list[dict]:
         forced = extension["missing_because"] == "FASTCLIP_FORCE=torch"
         remedy = "unset FASTCLIP_FORCE" if forced else f"with a C++ compiler and ninja installed, run: {build}"
         add(f"the native extension is not used: {extension['missing_because']}", remedy)
+    elif result["cuda"] and not extension["cuda"] and not result["versions"]["cuda_runtime"]:
+        add("torch's devices are not CUDA's", "nothing can be done: on them torch's own functions do the clipping")
     elif result["cuda"] and not extension["cuda"]:
         add(
             "the extension was built without its CUDA part, and there is a CUDA device",
             f"with nvcc 12.1 or newer on the PATH, of torch's major version, run: FASTCLIP_CUDA=1 {build}",
+        )
+    for device, message in result["unusable"].items():
+        add(
+            f"torch cannot use {device}: {message}",
+            "make a program of torch alone work on it; the driver has to run torch's version of CUDA",
         )
     for device, failures in result["self_test"].items():
         if failures:
@@ -160,7 +176,7 @@ def as_text(result: dict) -> str:
     cuda = [f"torch has {runtime or 'none'}"]
     if driver:
         cuda.append(f"the driver runs up to {driver}")
-    if not result["cuda"]:
+    if not result["cuda"] and not result["unusable"]:
         cuda.append("no device")
     lines.append(f"CUDA       {', '.join(cuda)}")
     lines += [f"{device:10} {name}" for device, name in result["cuda"].items()]

@@ -44,6 +44,7 @@ def test_the_driver_is_asked_itself(monkeypatch, version, words):
 
         def cuDriverGetVersion(self, pointer):
             pointer._obj.value = version
+            return 0
 
     real = fastclip.build_info()
     monkeypatch.setattr("ctypes.CDLL", Driver)
@@ -74,15 +75,33 @@ def test_wrong_results_are_found(monkeypatch, capsys, what, message):
     assert "what to do: build anew: " in printed
 
 
-def test_a_device_without_the_cuda_part(monkeypatch):
+@pytest.mark.parametrize(
+    ("runtime", "words", "remedy"),
+    [("13.0", "without its CUDA part", "FASTCLIP_CUDA=1 "), (None, "are not CUDA's", "nothing can be done")],
+)
+def test_a_device_without_the_cuda_part(monkeypatch, runtime, words, remedy):
+    monkeypatch.setattr(torch.version, "cuda", runtime)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(doctor, "_driver", lambda: "13.0")
     monkeypatch.setattr(fastclip, "build_info", lambda real=fastclip.build_info: {**real(), "cuda": None})
     result = doctor.examine()
     (problem,) = result["problems"]
-    assert "without its CUDA part" in problem["problem"] and "FASTCLIP_CUDA=1 " in problem["remedy"]
+    assert words in problem["problem"] and remedy in problem["remedy"]
     assert result["cuda"] == {"cuda:0": "a card"} and list(result["self_test"]) == ["cpu"]
+
+
+def test_a_device_that_torch_cannot_use(monkeypatch, capsys):
+    def no_driver(device):
+        raise RuntimeError("The NVIDIA driver on your system is too old.\nPlease update")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", no_driver)
+    assert doctor.main(as_json=True) == 1
+    result = json.loads(capsys.readouterr().out)
+    (problem,) = result["problems"]
+    assert problem["problem"] == "torch cannot use cuda:0: The NVIDIA driver on your system is too old."
+    assert list(result["self_test"]) == ["cpu"] and "no device" not in doctor.as_text(result)
 
 
 def test_the_command():

@@ -11,7 +11,7 @@ import time
 import pytest
 from support import ROOT
 
-from fastclip import _build
+from fastclip import _build, _native
 
 OWN = _build.packaged()
 pytestmark = pytest.mark.skipif(not OWN.exists(), reason="the extension is not built in place")
@@ -126,8 +126,33 @@ def test_a_user_without_a_home_imports_and_is_told_what_to_set(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
     assert not _build.cached().is_absolute() and not _build.cached().exists()
-    with pytest.raises(SystemExit, match=r"no home directory.*: set TORCH_EXTENSIONS_DIR"):
+    message = r"got ~/.* \(a relative path: .*no home directory\): set TORCH_EXTENSIONS_DIR"
+    with pytest.raises(SystemExit, match=message):
         _build.build()
+
+
+def test_a_cache_that_cannot_be_looked_into_is_none(copy):
+    cache = str(copy / ("a" * 300))  # no system has such names: like a folder of another user, an OSError
+    done = python("-c", SHOW, cwd=copy, env={"TORCH_EXTENSIONS_DIR": cache})
+    assert done.returncode == 0 and done.stdout.startswith("False None there is no _C."), done.stderr
+
+
+def test_nothing_is_loaded_from_whatever_folder_this_is(copy):
+    environment = {"TORCH_EXTENSIONS_DIR": "cache"}
+    cached = "from fastclip import _build; print(_build.cached())"
+    path = python("-c", cached, cwd=copy, env={**environment, "FASTCLIP_FORCE": "torch"}).stdout.strip()
+    assert path.startswith("cache/fastclip-")
+    put(copy / path)
+    done = python("-c", SHOW, cwd=copy, env=environment)
+    assert done.stdout.startswith("False None there is no _C."), done.stderr
+
+
+def test_a_record_that_does_not_say_whether_cuda_is_in_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr(_build, "mismatch", lambda extension: None)
+    monkeypatch.setattr(_build, "read_record", lambda extension: {})
+    assert _native._choose() == OWN
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -177,21 +202,31 @@ def test_a_build_that_fails_leaves_in_use_what_it_did_not_touch(tmp_path, monkey
     assert (_build.mismatch(path) is None) == (not touched)
 
 
+def test_a_damaged_record_does_not_keep_a_build_from_its_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCLIP_CUDA", "0")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda **arguments: None)
+    path = put(_build.cached(), "an extension")
+    _build.record_of(path).write_bytes(b"\xff\xfe{")
+    assert _build.build() == path and _build.mismatch(path) is None
+
+
 @pytest.mark.parametrize("force", ["", "native"])
 @pytest.mark.parametrize(
     ("command", "first", "last"),
     [
-        ("build", "fastclip: compiling ", "fastclip: the extension could not be built, see above."),
-        ("doctor", "fastclip ", "not all is well"),
+        ("-m fastclip build", "fastclip: compiling ", "fastclip: the extension could not be built, see above."),
+        ("-m fastclip doctor", "fastclip ", "not all is well"),
+        ("-Bmfastclip doctor --json", "{", "}"),
     ],
 )
 def test_commands_need_no_advice_to_run_themselves_and_no_traceback(copy, command, first, last, force):
     env = {"CXX": "/bin/false", "FASTCLIP_CUDA": "0", "FASTCLIP_FORCE": force}
-    done = python("-m", "fastclip", command, cwd=copy, env=env)
+    done = python(*command.split(), cwd=copy, env=env)
     lines = (done.stderr + done.stdout).splitlines()
     assert done.returncode == 1 and not {"Traceback", "RuntimeWarning"} & set(done.stderr.replace(":", " ").split())
     assert any(line.startswith(first) for line in lines) and lines[-1].startswith(last), lines
-    assert "/bin/false" in lines[-2] or command == "doctor"
+    assert "/bin/false" in lines[-2] or "doctor" in command
 
 
 def test_the_command_interrupted(copy):

@@ -56,6 +56,14 @@ def test_no_nvcc(setup, monkeypatch):
     assert setup._build.cuda_home() is None
 
 
+def test_an_nvcc_that_is_no_program(setup, monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    (tmp_path / "nvcc").write_text("junk")
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup._build.cuda_home() is None
+
+
 @pytest.mark.parametrize("version", ["11.8", "12.0"])
 def test_a_toolkit_that_is_too_old_builds_the_cpu_part_and_says_so(setup, toolkit, monkeypatch, capsys, version):
     home = str(toolkit(version))

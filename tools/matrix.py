@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "matrix"
-CORNERS = ["2.6.0-3.10", "2.6.0-3.13", "2.9.1-3.12", "2.13.0-3.11", "2.14.1-3.10", "2.14.1-3.14"]
+CORNERS = ["2.6.0-3.10", "2.6.0-3.13", "2.9.1-3.12", "2.13.0-3.13", "2.14.1-3.10", "2.14.1-3.13", "2.14.1-3.14"]
 TOOLS = ["setuptools", "wheel", "ninja", "numpy", "pytest", "hypothesis"]
 # What depends on torch's version most: reading gradients, results and errors against torch's own, every reason to
 # fall back, the patch, optimizers, DTensors.
@@ -52,13 +52,14 @@ def interpreter(version: str) -> str:
 
 def run(log: Path, *command, **environment) -> None:
     """Runs a command in the copied tree of `log`, with its output there; RuntimeError where it fails."""
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("FASTCLIP_")}
     with log.open("a") as file:
         file.write(f"$ {' '.join(map(str, command))}\n")
         file.flush()
         done = subprocess.run(
             list(map(str, command)),
             cwd=log.parent / "src",
-            env={**os.environ, "OMP_WAIT_POLICY": "passive", "FASTCLIP_CUDA": "0", **environment},
+            env={**inherited, "OMP_WAIT_POLICY": "passive", "FASTCLIP_CUDA": "0", **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -96,7 +97,7 @@ def try_pair(pair: str, pip_arguments: list[str]) -> str:
     shutil.copytree(ROOT, folder / "src", ignore=NOT_COPIED)
     python = prepare(torch, version, folder, pip_arguments)
     run(log, python, "setup.py", "-q", "build_ext", "--inplace", FASTCLIP_REQUIRE_NATIVE="1")
-    tests = [f"tests/test_{name}.py" for name in TESTS if (ROOT / "tests" / f"test_{name}.py").exists()]
+    tests = [f"tests/test_{name}.py" for name in TESTS]
     mark = log.stat().st_size
     run(log, python, "-m", "pytest", "-q", "-m", "not cuda", *tests, PYTHONPATH=".")
     counted = log.read_text()[mark:].rstrip().rsplit("\n", 1)[-1]

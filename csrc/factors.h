@@ -2,11 +2,7 @@
 // slice.h, and internal linkage.
 #pragma once
 
-#ifdef __CUDACC__
-#define FASTCLIP_FACTORS_FUNCTION __host__ __device__ static inline
-#else
-#define FASTCLIP_FACTORS_FUNCTION [[maybe_unused]] static inline
-#endif
+#include "slice.h"
 
 namespace fastclip {
 
@@ -18,7 +14,7 @@ struct Factors {
 // two factors: a power of two, which is exact, and the rest. The rest is at most 1, so that it does not enlarge what
 // the first product loses among the subnormal numbers, and a normal float32 down to 1.4e-76 (max_norm 1.4e-38,
 // total_norm 1e38), below which products are subnormal themselves. Else the second one is 1.
-FASTCLIP_FACTORS_FUNCTION Factors factors_of(double coef) {
+FASTCLIP_SHARED_FUNCTION Factors factors_of(double coef) {
   const double size = coef < 0 ? -coef : coef;
   if (!(size > 0 && size < 1e-30)) return {coef, 1};
   const bool tiny = size < 1e-50;

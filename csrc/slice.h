@@ -4,6 +4,14 @@
 
 #include <stdint.h>
 
+// A function for every backend in a header like this one: of internal linkage, so that no file gets the code that was
+// compiled for another's instruction set.
+#ifdef __CUDACC__
+#define FASTCLIP_SHARED_FUNCTION __host__ __device__ static inline
+#else
+#define FASTCLIP_SHARED_FUNCTION [[maybe_unused]] static inline
+#endif
+
 namespace fastclip {
 
 enum class DType : uint8_t { F32, F64, F16, BF16 };

@@ -4,12 +4,6 @@
 
 #include "slice.h"
 
-#ifdef __CUDACC__
-#define FASTCLIP_UNIT_FUNCTION __host__ __device__ static inline
-#else
-#define FASTCLIP_UNIT_FUNCTION [[maybe_unused]] static inline
-#endif
-
 namespace fastclip {
 
 // A weight and its gradient. Unit i of each is the i-th run of `numel` elements of its flat memory.
@@ -36,7 +30,7 @@ struct UnitCut {
 
 // What a unit's gradient is multiplied by, from the unrounded norms: the formula of timm's adaptive_clip_grad, term by
 // term, so that NaN and inf do what they do there. A comparison with NaN is false, and max(NaN, x) is NaN as in clamp.
-FASTCLIP_UNIT_FUNCTION double unit_coef(UnitLimit limit, double weight_norm, double grad_norm) {
+FASTCLIP_SHARED_FUNCTION double unit_coef(UnitLimit limit, double weight_norm, double grad_norm) {
   const double max_norm = limit.clipping * (weight_norm < limit.eps ? limit.eps : weight_norm);
   if (grad_norm < max_norm) return 1;
   return max_norm / (grad_norm < 1e-6 ? 1e-6 : grad_norm);

@@ -115,12 +115,10 @@ def _driver() -> str | None:
     version = ctypes.c_int()
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        failed = driver.cuDriverGetVersion(ctypes.byref(version)) != 0
+        status = driver.cuDriverGetVersion(ctypes.byref(version))
     except (OSError, AttributeError):
         return None
-    if failed:
-        return None
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return None if status else f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _problems(result: dict) -> list[dict]:

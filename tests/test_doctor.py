@@ -18,6 +18,15 @@ runpy.run_module("fastclip", run_name="__main__")
 """
 
 
+@pytest.fixture
+def a_card(monkeypatch):
+    """One CUDA device that torch names, and an extension without the CUDA part."""
+    info = fastclip.build_info()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(fastclip, "build_info", lambda: {**info, "cuda": None})
+
+
 def test_all_is_well(isa, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     result = doctor.examine()
@@ -36,7 +45,7 @@ def test_on_a_cuda_device(cuda_device):
 
 
 @pytest.mark.parametrize(("version", "words"), [(13000, ", the driver runs up to 13.0\n"), (None, "torch has 13.0\n")])
-def test_the_driver_is_asked_itself(monkeypatch, version, words):
+def test_the_driver_is_asked_itself(monkeypatch, a_card, version, words):
     class Driver:
         def __init__(self, name):
             if version is None:
@@ -46,12 +55,8 @@ def test_the_driver_is_asked_itself(monkeypatch, version, words):
             pointer._obj.value = version
             return 0
 
-    real = fastclip.build_info()
     monkeypatch.setattr("ctypes.CDLL", Driver)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(fastclip, "build_info", lambda: {**real, "cuda": None})
     assert words in doctor.as_text(doctor.examine())
 
 
@@ -79,12 +84,9 @@ def test_wrong_results_are_found(monkeypatch, capsys, what, message):
     ("runtime", "words", "remedy"),
     [("13.0", "without its CUDA part", "FASTCLIP_CUDA=1 "), (None, "are not CUDA's", "nothing can be done")],
 )
-def test_a_device_without_the_cuda_part(monkeypatch, runtime, words, remedy):
+def test_a_device_without_the_cuda_part(monkeypatch, a_card, runtime, words, remedy):
     monkeypatch.setattr(torch.version, "cuda", runtime)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(doctor, "_driver", lambda: "13.0")
-    monkeypatch.setattr(fastclip, "build_info", lambda real=fastclip.build_info: {**real(), "cuda": None})
     result = doctor.examine()
     (problem,) = result["problems"]
     assert words in problem["problem"] and remedy in problem["remedy"]

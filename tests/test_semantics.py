@@ -208,7 +208,8 @@ def test_empty_generator_warns_at_the_caller(device):
         line = inspect.currentframe().f_lineno + 1
         norm = fastclip.clip_grad_norm_((p for p in []), 1.0)
         torch.nn.utils.clip_grad_norm_((p for p in []), 1.0)
-    assert {str(w.message) for w in seen} == {str(seen[0].message)}  # torch's own, which torch 2.6 does not have yet
+    torch_warns = "is an empty generator" in inspect.getsource(torch.nn.utils.clip_grad)  # torch 2.6 does not yet
+    assert [str(w.message) for w in seen] == [str(seen[0].message)] * (1 + torch_warns)
     assert (seen[0].filename, seen[0].lineno) == (__file__, line)
     assert norm.item() == 0
 
